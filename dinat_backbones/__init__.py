@@ -1,0 +1,8 @@
+"""Dilated Neighborhood Attention Transformers with relative positional bias, as backbones for dense prediction."""
+
+from .attention import NeighborhoodAttention2D
+from .backbone import NAT, DiNAT, DiNAT_s
+from .ops import neighborhood_attention_2d
+
+__version__ = "0.1.0"
+__all__ = ["NAT", "DiNAT", "DiNAT_s", "NeighborhoodAttention2D", "neighborhood_attention_2d"]

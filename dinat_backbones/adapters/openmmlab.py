@@ -1,0 +1,86 @@
+"""NAT, DiNAT and DiNAT_s for OpenMMLab: mmdetection, mmsegmentation, mmpretrain and whatever else builds on mmengine.
+
+    custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"])
+    model = dict(backbone=dict(type="DiNAT", arch="dinat_mini", dilations="coco"))
+
+The names go into mmengine's root registry, where every framework's own registry looks last.
+"""
+
+from typing import Any
+
+try:
+    from mmengine.logging import MMLogger
+    from mmengine.model import BaseModule
+    from mmengine.model.weight_init import PretrainedInit
+    from mmengine.registry import MODELS
+except ModuleNotFoundError as error:
+    if error.name != "mmengine":
+        raise
+    raise ModuleNotFoundError(
+        'dinat_backbones.adapters.openmmlab needs mmengine: pip install "dinat_backbones[openmmlab]"', name="mmengine"
+    ) from error
+
+from .. import backbone
+from ..checkpoint import load_backbone
+
+
+class _Initialized:
+    """Adds `init_cfg` and `pretrained` to a trunk. Comes first among the bases; its super() is the trunk, whose own
+    super() is BaseModule, so that freezing and train() stay the trunk's and the state dict has no prefix."""
+
+    def __init__(self, *args: Any, pretrained: str | None = None, init_cfg: Any = None, **kwargs: Any):
+        if pretrained is not None and init_cfg is not None:
+            raise ValueError(
+                f"both pretrained={pretrained!r} and init_cfg={init_cfg!r} were given to {type(self).__name__}; use "
+                'init_cfg=dict(type="Pretrained", checkpoint=...) alone'
+            )
+        super().__init__(*args, **kwargs)
+        self.init_cfg = init_cfg if pretrained is None else dict(type="Pretrained", checkpoint=pretrained)
+
+    def init_weights(self) -> None:
+        """Called by mmengine before training. Without a checkpoint the trunk keeps the weights it was built with."""
+        given, first_call = self.init_cfg, not self.is_init
+        cfgs = [given] if isinstance(given, dict) else list(given or [])
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
+        # mmengine's own loader knows neither the layouts of checkpoint.py nor an error where nothing fits
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = given
+        for cfg in pretrained if first_call else []:
+            load_backbone(
+                self,
+                cfg["checkpoint"],
+                prefix=cfg.get("prefix"),
+                allow_pickle=cfg.get("allow_pickle", False),
+                logger=MMLogger.get_current_instance(),
+            )
+
+
+# force: importing this file a second time (a reload, a second path to it) registers the same names again
+
+
+@MODELS.register_module(force=True)
+class NAT(_Initialized, backbone.NAT, BaseModule):
+    """`dinat_backbones.NAT` with two more arguments.
+
+    Args:
+        pretrained: path or http(s) address of a checkpoint (ImageNet, detection or segmentation), loaded when mmengine
+            calls init_weights(), by `checkpoint.load_backbone`.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` for the same, with `prefix` and `allow_pickle` if needed, or
+            other initializers of mmengine. None keeps the random weights of the trunk.
+
+    Raises:
+        ValueError: both are given.
+    """
+
+
+@MODELS.register_module(force=True)
+class DiNAT(_Initialized, backbone.DiNAT, BaseModule):
+    """`dinat_backbones.DiNAT` with the two arguments of `NAT` here."""
+
+
+@MODELS.register_module(force=True)
+class DiNAT_s(_Initialized, backbone.DiNAT_s, BaseModule):
+    """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""

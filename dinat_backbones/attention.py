@@ -1,0 +1,114 @@
+"""The attention module of NAT and DiNAT: pad, project to qkv, attend, crop, project."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .ops import check, neighborhood_attention_2d, reference
+
+
+class NeighborhoodAttention2D(nn.Module):
+    """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]``, of any height and width from 1 upwards.
+
+    A map smaller than ``kernel_size * dilation`` is zero-padded at the bottom and the right *before* `qkv`, so that the
+    padded keys and values equal the bias of `qkv` and take part in the attention, and the result is cropped before
+    `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``).
+
+    Args:
+        dim: channels; a multiple of `num_heads`.
+        num_heads: number of heads.
+        kernel_size: side of the window, odd, at least 3.
+        dilation: step between neighbors, at least 1.
+        qkv_bias: give the qkv projection a bias.
+        qk_scale: multiplies the query; None stands for ``head_dim ** -0.5``.
+        attn_drop, proj_drop: dropout on the attention weights and on the output. With ``attn_drop > 0`` training
+            materializes the weights (plain PyTorch).
+        rel_pos_bias: own the learned table `rpb` ``[heads, 2K-1, 2K-1]``.
+        impl: insist on one implementation of the op (see `neighborhood_attention_2d`).
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int = 1,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        rel_pos_bias: bool = True,
+        impl: str | None = None,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels")
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
+        if dilation < 1:
+            raise ValueError(f"dilation={dilation}: expected at least 1")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.impl = impl
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        if rel_pos_bias:
+            span = 2 * kernel_size - 1
+            self.rpb = nn.Parameter(torch.empty(num_heads, span, span))
+            nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor, return_attention: bool = False):
+        """``[B, H, W, dim]`` to the same shape and dtype.
+
+        With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
+        columns) in float32, computed in plain PyTorch.
+        """
+        batch, height, width, dim = x.shape
+        reach = self.kernel_size * self.dilation
+        bottom, right = max(0, reach - height), max(0, reach - width)
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        qkv = self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.unbind(3)
+        attention = None
+        if return_attention or (self.training and self.attn_drop.p > 0):
+            x, attention = self._attend_with_weights(query, key, value)
+        else:
+            x = neighborhood_attention_2d(
+                query,
+                key,
+                value,
+                self.rpb,
+                kernel_size=self.kernel_size,
+                dilation=self.dilation,
+                scale=self.scale,
+                impl=self.impl,
+            )
+        if bottom or right:
+            x = x[:, :height, :width]
+            attention = None if attention is None else attention[:, :height, :width]
+        x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
+        return (x, attention) if return_attention else x
+
+    def _attend_with_weights(self, query, key, value):
+        check(query, key, value, self.rpb, self.kernel_size, self.dilation)
+        attention = reference.weights(query, key, self.rpb, self.kernel_size, self.dilation, self.scale)
+        out = reference.apply_weights(self.attn_drop(attention), value, self.kernel_size, self.dilation)
+        return out, attention
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, "
+            f"dilation={self.dilation}, rel_pos_bias={self.rpb is not None}"
+        )

@@ -1,0 +1,91 @@
+"""Two-dimensional neighborhood attention with relative positional bias: one signature, several implementations."""
+
+import types
+
+import torch
+
+from . import cpu, reference, tiled
+
+# In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
+
+
+def neighborhood_attention_2d(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None = None,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """Softmax attention of every pixel over its `kernel_size` x `kernel_size` dilated neighborhood.
+
+    Along each axis the positions with equal ``index % dilation`` form a sequence of their own. Within it the window of
+    position `p` starts at ``clamp(p - kernel_size // 2, 0, length - kernel_size)``: at borders it shifts, so every query
+    has exactly ``kernel_size ** 2`` keys (NAT, arXiv 2204.07143, section 3.1; DiNAT, arXiv 2209.15001, section 3.2).
+
+    Args:
+        query, key, value: ``[B, H, W, heads, head_dim]``, one floating dtype, one device; any strides.
+        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis is
+            ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
+        kernel_size: odd, at least 3 (1 would attend to itself alone).
+        dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
+        scale: multiplies the query; None stands for ``head_dim ** -0.5``.
+        impl: one of `IMPLEMENTATIONS` to insist on it; None takes the first that supports the call.
+
+    Returns:
+        ``[B, H, W, heads, head_dim]`` in the dtype of `query`. Softmax and the gradient of `rpb` accumulate in float32
+        (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, sizes or dtypes that do not fit together, an unknown `impl`.
+        RuntimeError: `impl` was named but does not support the call; the message holds all its reasons.
+    """
+    check(query, key, value, rpb, kernel_size, dilation)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    arguments = (query, key, value, rpb, kernel_size, dilation, float(scale))
+    if impl is not None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
+        reasons = IMPLEMENTATIONS[impl].unsupported(*arguments)
+        if reasons:
+            raise RuntimeError(f"impl={impl!r} cannot run this call: {'; '.join(reasons)}")
+        return IMPLEMENTATIONS[impl].attention(*arguments)
+    chosen = next(module for module in IMPLEMENTATIONS.values() if not module.unsupported(*arguments))
+    return chosen.attention(*arguments)
+
+
+def check(query, key, value, rpb, kernel_size, dilation) -> None:
+    """Raise a ValueError that names the first thing wrong with a call (arguments as above)."""
+    if kernel_size < 3 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
+    if dilation < 1:
+        raise ValueError(f"dilation={dilation}: expected at least 1")
+    if query.dim() != 5 or query.shape != key.shape or query.shape != value.shape:
+        raise ValueError(
+            "query, key and value must share one shape [B, H, W, heads, head_dim]; got "
+            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    if not (query.dtype == key.dtype == value.dtype and query.is_floating_point()):
+        raise ValueError(
+            f"query, key and value must share one floating dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    devices = {t.device for t in (query, key, value, rpb) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"query, key, value and rpb must be on one device; got {sorted(map(str, devices))}")
+    _, height, width, heads, head_dim = query.shape
+    if heads < 1 or head_dim < 1:
+        raise ValueError(f"expected at least one head and one dimension per head; got heads={heads}, head_dim={head_dim}")
+    reach = kernel_size * dilation
+    if height < reach or width < reach:
+        raise ValueError(
+            f"a {height}x{width} map is smaller than kernel_size * dilation = {kernel_size} * {dilation} = {reach}; "
+            "zero-pad the input of qkv at the bottom and right first (NeighborhoodAttention2D does)"
+        )
+    span = 2 * kernel_size - 1
+    if rpb is not None and rpb.shape != (heads, span, span):
+        raise ValueError(f"rpb has shape {list(rpb.shape)}; expected [heads, 2K-1, 2K-1] = {[heads, span, span]}")

@@ -1,0 +1,69 @@
+"""Package metadata, and the CPU kernel as an optional extension.
+
+The kernel is a plain shared library with a C interface: it needs a C++17 compiler (GCC or Clang), but neither torch nor
+Python headers, so one build serves every torch and Python version. Without a compiler the installation goes on without it.
+"""
+
+import platform
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70
+    from wheel.bdist_wheel import bdist_wheel
+
+CSRC = "dinat_backbones/ops/csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# name, vector width in floats, compiler flags; the kernels are compiled once for each
+INSTRUCTION_SETS = [("baseline", 4, [])]
+if X86:
+    INSTRUCTION_SETS += [
+        ("avx2", 8, ["-mavx2", "-mfma"]),
+        (
+            "avx512",
+            16,
+            ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
+        ),
+    ]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+
+
+class BuildKernel(build_ext):
+    """Compiles kernel.cpp per instruction set and links everything into one library."""
+
+    def build_extension(self, ext):
+        def compile_(source, flags, macros, folder=""):
+            return self.compiler.compile(
+                [f"{CSRC}/{source}"], f"{self.build_temp}/{folder}", macros, depends=ext.depends, extra_postargs=FLAGS + flags
+            )
+
+        objects = compile_("na2d.cpp", [], [("NA2D_X86", "1")] if X86 else [])
+        for name, lanes, flags in INSTRUCTION_SETS:
+            objects += compile_("kernel.cpp", flags, [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))], folder=name)
+        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=["-pthread"])
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + ".so"  # a plain library: no Python ABI in its name
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel per platform, for every Python version."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    packages=find_packages(include=["dinat_backbones", "dinat_backbones.*"]),
+    ext_modules=[
+        Extension(
+            "dinat_backbones.ops._na2d",
+            sources=[f"{CSRC}/na2d.cpp", f"{CSRC}/kernel.cpp"],
+            depends=[f"{CSRC}/na2d.h"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,276 @@
+#!/usr/bin/env python
+"""A small synthetic instance-segmentation dataset in COCO format: rotated, textured, overlapping shapes.
+
+    python tools/make_shapes.py OUT [--train N] [--val N] [--size PX] [--seed S]
+
+writes ``OUT/train/*.jpg``, ``OUT/val/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``. Colours and textures are
+drawn without looking at the class, so only the outline tells what a shape is. The same arguments give the same bytes.
+`draw_scene` knows nothing of files and `write_coco` nothing of drawing.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
+FORMAT = 1  # raise it when the same arguments give other data
+OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
+MIN_VISIBLE_FRACTION = 0.4  # a shape hidden further than that is left out of the scene
+MIN_VISIBLE_PIXELS = 30
+MIN_CONTRAST = 70.0  # between a shape's mean colour and what it is painted on, as a distance in RGB (0 to 441)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture and what is to be seen in it.
+
+    Attributes:
+        image: ``[size, size, 3]`` uint8, RGB.
+        instances: pairs of an index into `CLASSES` and the visible mask, ``[size, size]`` bool, from the rearmost shape to
+            the foremost. Masks are disjoint; every shape that was painted is listed.
+    """
+
+    image: np.ndarray
+    instances: list[tuple[int, np.ndarray]]
+
+
+# Drawing
+
+
+def draw_scene(rng: np.random.Generator, size: int) -> Scene:
+    """Draw one scene of 2 to 7 shapes, from about a tenth to half of `size` (pixels) across."""
+    outlines = []
+    for _ in range(rng.integers(2, 8)):
+        kind = int(rng.integers(len(CLASSES)))
+        radius = size * np.exp(rng.uniform(np.log(0.055), np.log(0.26)))
+        outlines.append((kind, _coverage(rng, CLASSES[kind], radius, size)))
+
+    # from the foremost to the rearmost, so that a shape left out does not hide anything itself
+    covered = np.zeros((size, size), bool)
+    kept = []
+    for kind, coverage in reversed(outlines):
+        solid = coverage >= 0.5
+        visible = solid & ~covered
+        if visible.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_FRACTION * solid.sum()):
+            covered |= solid
+            kept.append((kind, coverage, visible))
+    kept.reverse()
+
+    canvas = _texture(rng, size, rng.uniform(0, 255, 3))
+    for _, coverage, _ in kept:
+        colour = _contrasting_colour(rng, canvas[coverage >= 0.5].mean(0))
+        alpha = coverage[..., None]
+        canvas = canvas * (1 - alpha) + _texture(rng, size, colour) * alpha
+    canvas += rng.normal(0, rng.uniform(0, 8), canvas.shape)
+    image = canvas.clip(0, 255).round().astype(np.uint8)
+    return Scene(image, [(kind, visible) for kind, _, visible in kept])
+
+
+def _polygons(rng: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Outline of a class around the origin, ``[n, 2]``, at most 1 away from it, and that of its hole if it has one."""
+
+    def regular(corners: int, radii=(1.0,)) -> np.ndarray:
+        angles = np.arange(corners) * 2 * np.pi / corners
+        return np.stack([np.cos(angles), np.sin(angles)], 1) * np.resize(radii, corners)[:, None]
+
+    if name == "circle":
+        return regular(48), None
+    if name == "square":
+        return regular(4), None
+    if name == "triangle":
+        return regular(3), None
+    if name == "star":
+        return regular(10, (1.0, rng.uniform(0.38, 0.48))), None
+    if name == "ring":
+        return regular(48), regular(48) * rng.uniform(0.5, 0.65)
+    if name == "cross":
+        arm = rng.uniform(0.26, 0.36)
+        quarter = np.array([[1, -arm], [1, arm], [arm, arm]]) / np.hypot(1, arm)
+        turns = (np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]]) for a in np.arange(4) * np.pi / 2)
+        return np.concatenate([quarter @ turn for turn in turns]), None
+    raise ValueError(f"unknown shape {name!r}; expected one of {CLASSES}")
+
+
+def _coverage(rng: np.random.Generator, name: str, radius: float, size: int) -> np.ndarray:
+    """How much of each pixel a randomly placed and rotated shape covers: ``[size, size]`` float in 0..1."""
+    angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.0)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    # mostly inside the picture; the margin is smaller than the radius so that borders cut some shapes
+    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
+    large = Image.new("L", (size * OVERSAMPLING,) * 2)
+    draw = ImageDraw.Draw(large)
+    for outline, value in zip(_polygons(rng, name), (255, 0), strict=True):
+        if outline is not None:
+            points = ((outline * (1, squeeze)) @ turn.T * radius + centre) * OVERSAMPLING
+            draw.polygon([tuple(point) for point in points.tolist()], fill=value)
+    return np.asarray(large.reduce(OVERSAMPLING), np.float32) / 255
+
+
+def _contrasting_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
+    """A random RGB colour at least `MIN_CONTRAST` away from `behind`."""
+    while True:  # more than two thirds of all colours are far enough from any given one
+        colour = rng.uniform(0, 255, 3)
+        if np.linalg.norm(colour - behind) >= MIN_CONTRAST:
+            return colour
+
+
+def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
+    """``[size, size, 3]`` float32 around `colour`: plain, gradient, stripes, checks or blotches."""
+    kind = rng.choice(["plain", "gradient", "stripes", "checks", "blotches"])
+    angle, period = rng.uniform(0, np.pi), rng.uniform(0.04, 0.15) * size
+    amplitude = rng.uniform(-35, 35, 3)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = y * np.cos(angle) - x * np.sin(angle)
+    if kind == "plain":
+        pattern = np.zeros_like(x)
+    elif kind == "gradient":
+        pattern = 2 * (along - along.min()) / np.ptp(along) - 1
+    elif kind == "stripes":
+        pattern = np.sin(2 * np.pi * along / period)
+    elif kind == "checks":
+        pattern = np.sign(np.sin(np.pi * along / period) * np.sin(np.pi * across / period))
+    else:
+        cells = int(rng.integers(3, 12))
+        coarse = Image.fromarray(rng.uniform(-1.5, 1.5, (cells, cells)).astype(np.float32))
+        pattern = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    return (colour + pattern[..., None] * amplitude).astype(np.float32)
+
+
+# Writing
+
+
+def scene(split: str, index: int, size: int, seed: int) -> Scene:
+    """Scene number `index` of a split ("train" or "val"); it depends on nothing but these arguments."""
+    return draw_scene(np.random.default_rng([seed, ["train", "val"].index(split), index]), size)
+
+
+def _write_image(folder: Path, split: str, size: int, seed: int, index: int) -> list[tuple[int, dict, int, list]]:
+    drawn = scene(split, index, size, seed)
+    Image.fromarray(drawn.image).save(folder / split / f"{index:06d}.jpg", quality=95, subsampling=0)
+    records = []
+    for kind, mask in drawn.instances:
+        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        area, bbox = int(coco_mask.area(encoded)), coco_mask.toBbox(encoded).tolist()
+        records.append((kind, {"size": encoded["size"], "counts": encoded["counts"].decode()}, area, bbox))
+    return records
+
+
+def write_coco(folder: Path, counts: dict[str, int], size: int, seed: int, progress: Callable[[str], None]) -> None:
+    """Write the scenes of all splits into the existing `folder` as a COCO instance dataset with RLE masks."""
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for split, count in counts.items():
+            (folder / split).mkdir()
+            annotations = []
+            results = pool.map(partial(_write_image, folder, split, size, seed), range(count), chunksize=16)
+            for index, records in enumerate(_counted(results, count, f"drawing {split}", progress)):
+                for kind, segmentation, area, bbox in records:
+                    annotation = dict(id=len(annotations) + 1, image_id=index + 1, category_id=kind + 1, iscrowd=0)
+                    annotations.append(annotation | dict(bbox=bbox, area=area, segmentation=segmentation))
+            images = [dict(id=i + 1, file_name=f"{i:06d}.jpg", width=size, height=size) for i in range(count)]
+            categories = [dict(id=i + 1, name=name, supercategory="shape") for i, name in enumerate(CLASSES)]
+            (folder / "annotations").mkdir(exist_ok=True)
+            content = dict(images=images, annotations=annotations, categories=categories)
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def _counted(items: Iterator, total: int, label: str, progress: Callable[[str], None]) -> Iterator:
+    for done, item in enumerate(items, 1):
+        yield item
+        if done == total or done % max(1, total // 20) == 0:
+            progress(f"{label}: {done}/{total}")
+
+
+def make_shapes(
+    out: str | Path,
+    train: int = 2000,
+    val: int = 200,
+    size: int = 160,
+    seed: int = 0,
+    *,
+    replace: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Write the dataset into the folder `out`, all of it or nothing.
+
+    Args:
+        out: the folder to make; its parents are made too.
+        train, val: number of images.
+        size: height and width of the images, in pixels.
+        seed: of the random numbers.
+        replace: exchange a dataset made with other arguments instead of raising an error.
+        progress: called with a line of text about 20 times per split.
+
+    Returns:
+        Whether anything was written; False if `out` already holds exactly this dataset.
+
+    Raises:
+        ValueError: an argument out of its range.
+        FileExistsError: `out` holds something else.
+    """
+    for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value}: expected an integer of at least {least}")
+    out = Path(out)
+    wanted = dict(train=train, val=val, size=size, seed=seed, format=FORMAT)
+    stamp = out / "shapes.json"
+    if stamp.is_file():
+        present = json.loads(stamp.read_text())
+        if present == wanted:
+            return False
+        if not replace:
+            raise FileExistsError(f"{out} holds shapes made with {present}, not {wanted}; remove it, name another folder, "
+                                  "or ask to replace it")
+    elif out.exists():
+        raise FileExistsError(f"{out} exists and was not written by make_shapes; name another folder")
+
+    partial_folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of a run that was killed outright
+    partial_folder.mkdir(parents=True)
+    try:
+        write_coco(partial_folder, dict(train=train, val=val), size, seed, progress)
+        (partial_folder / stamp.name).write_text(json.dumps(wanted))
+        shutil.rmtree(out, ignore_errors=True)
+        partial_folder.rename(out)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    return True
+
+
+def print_progress(line: str) -> None:
+    """Print a line; on a terminal each one overwrites the one before until a count is complete."""
+    done, _, total = line.rpartition(" ")[2].partition("/")
+    print(f"\r{line}", end="\n" if done == total else "", flush=True) if sys.stdout.isatty() else print(line, flush=True)
+
+
+def main() -> None:
+    """Command line of `make_shapes`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--train", type=int, default=2000, help="number of training images (default: %(default)s)")
+    parser.add_argument("--val", type=int, default=200, help="number of validation images (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=160, help="height and width in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--replace", action="store_true", help="exchange a dataset made with other arguments")
+    args = parser.parse_args()
+    try:
+        written = make_shapes(**vars(args), progress=print_progress)
+    except (ValueError, FileExistsError) as error:
+        parser.error(str(error))
+    counts = f"{args.train} training and {args.val} validation images of {args.size}x{args.size}"
+    print(f"{args.out}: {counts}, {'written' if written else 'already there'}")
+
+
+if __name__ == "__main__":
+    main()

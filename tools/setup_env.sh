@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Build (or complete) one of the two tested environments in this checkout:
+#     tools/setup_env.sh modern     Python 3.11 -> .venv
+#     tools/setup_env.sh classic    Python 3.10 -> .venv-classic
+# PYTHON=/path/to/python overrides the interpreter. Interrupting is safe: the next call goes on where this one stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stack=${1:-modern}
+case $stack in
+  modern)  venv=.venv;         version=3.11; prebuild="setuptools>=77" ;;
+  classic) venv=.venv-classic; version=3.10; prebuild="setuptools<81" ;;
+  *) echo "setup_env.sh: unknown stack '$stack'; expected 'modern' or 'classic'" >&2; exit 2 ;;
+esac
+requirements=requirements/$stack.txt
+stamp=$venv/.ready
+fingerprint=$(cat "$requirements" "$0" setup.py pyproject.toml dinat_backbones/ops/csrc/* | cksum)
+
+is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-} "python$version" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python; do
+    if is_version "$candidate"; then echo "$candidate"; return; fi
+  done
+  echo "setup_env.sh: the $stack stack needs Python $version and none was found; install it (for example 'pyenv install" \
+       "$version' or your package manager's python$version with its venv module) or point PYTHON at one" >&2
+  return 1
+}
+
+# Run a quiet, long command; say every half minute that it is still at work.
+with_heartbeat() {
+  local label=$1 start=$SECONDS pid beat
+  shift
+  "$@" & pid=$!
+  ( while sleep 30; do echo "    ... $label: $((SECONDS - start)) s so far"; done ) & beat=$!
+  trap 'kill $pid $beat 2>/dev/null' INT TERM
+  local status=0
+  wait $pid || status=$?
+  kill $beat 2>/dev/null || true
+  wait $beat 2>/dev/null || true
+  trap - INT TERM
+  return $status
+}
+
+if [ "$(cat "$stamp" 2>/dev/null)" = "$fingerprint" ]; then
+  echo "[$stack] $venv is ready"
+  exit 0
+fi
+
+if ! is_version "$venv/bin/python"; then
+  python=$(find_python)
+  echo "[$stack] creating $venv with $("$python" --version)"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+fi
+[ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+
+echo "[$stack] 1/4 torch and the build tools"
+mapfile -t base < <(grep -E '^(torch|torchvision|numpy|setuptools)\b' "$requirements")
+with_heartbeat "downloading torch" install "${base[@]}" "$prebuild" wheel ninja psutil cmake
+
+echo "[$stack] 2/4 mmcv and natten (compiled from source once: about 10 + 5 minutes on 2 cores; the built wheels stay in uv's cache)"
+mapfile -t compiled < <(grep -E '^((onedl-)?mmcv|natten)\b' "$requirements")
+for package in "${compiled[@]}"; do
+  MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
+    install --no-build-isolation "${base[@]}" "$package"
+done
+
+echo "[$stack] 3/4 the rest of $requirements"
+install -r "$requirements" "$prebuild"
+
+echo "[$stack] 4/4 dinat_backbones itself, with its CPU kernel"
+install -r "$requirements" --editable ".[dev]"
+echo "$fingerprint" > "$stamp"
+echo "[$stack] $venv is ready"
