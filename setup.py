@@ -27,7 +27,7 @@ if X86:
             ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
         ),
     ]
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 
 
 class BuildKernel(build_ext):

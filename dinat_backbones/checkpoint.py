@@ -3,6 +3,8 @@
     checkpoint = read("dinat_mini_in1k_224.pth")    # path or http(s) address, .pth / .pt / .safetensors
     state = backbone_state(checkpoint)              # the trunk's own keys, whoever wrote the file
     report = load_backbone(model, "dinat_mini_in1k_224.pth")
+
+No framework is needed to read what a framework wrote.
 """
 
 import logging
@@ -27,7 +29,7 @@ WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema
 # What training wrappers, detectors and feature pyramids put before the trunk's own keys, outermost first.
 PREFIXES = ("module.", "model.", "backbone.", "bottom_up.")
 _CLASSIFIER = ("norm.", "head.")  # of the published ImageNet files; a trunk has norm0 ... norm3 instead
-_BLOCK = re.compile(r"(levels|layers)\.(\d+)\.blocks\.(\d+)\.")
+_BLOCK = re.compile(r"((?:levels|layers)\.\d+)\.blocks\.(\d+)\.")
 _OUTPUT_NORM = re.compile(r"norm\d+\.")
 
 
@@ -43,8 +45,8 @@ def read(source: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, 
         allow_pickle: run whatever code a pickle asks for. Only for files whose origin you trust.
 
     Returns:
-        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). Bookkeeping of training runs that
-        would need code (mmengine's message hub, numpy scalars, argparse namespaces) is replaced by empty `Inert` objects.
+        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). Bookkeeping of training runs
+        that needs code (mmengine's message hub, numpy scalars, argparse namespaces) becomes empty `Inert` objects.
 
     Raises:
         FileNotFoundError: no such file, or a download failed; says where the file can be put by hand.
@@ -61,11 +63,11 @@ def read(source: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, 
             checkpoint = _read_without_code(path)
     except _NeedsCode as error:
         raise ValueError(
-            f"{path} is a pickle that needs code to be read: it asks for {error}. Reading it could run anything, so it was "
+            f"{path} is a pickle that needs code to be read: it asks for {error}. That could run anything, so it was "
             "refused; pass allow_pickle=True if you trust its origin"
         ) from None
-    except ImportError:
-        raise  # only with allow_pickle: the pickle's own words name the package
+    except (ImportError, PermissionError):
+        raise  # these say it themselves; the first one comes from an allowed pickle
     except Exception as error:  # corrupt pickles and archives raise nearly anything
         raise _damaged(path, error) from error
     if not isinstance(checkpoint, Mapping):
@@ -93,8 +95,8 @@ def _local(source: str | os.PathLike) -> Path:
 def _damaged(path: Path, error: Exception) -> ValueError:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return ValueError(
-        f"{path} ({path.stat().st_size} bytes) cannot be read: it is empty, truncated or no checkpoint at all; delete it "
-        f"and get it again ({reason})"
+        f"{path} ({path.stat().st_size} bytes) cannot be read: it is empty, truncated or no checkpoint at all; delete "
+        f"it and get it again ({reason})"
     )
 
 
@@ -132,7 +134,7 @@ _BUILDS_TENSORS = {
     },
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
 }
-# Never imported and never called: mmengine saves its HistoryBuffer with numpy arrays and `getattr(HistoryBuffer, "mean")`.
+# Never imported, never called: mmengine saves HistoryBuffers with numpy arrays and `getattr(HistoryBuffer, "mean")`.
 _BOOKKEEPING = {
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
@@ -197,7 +199,7 @@ def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Report:
-    """What `load_backbone` did, by state-dict names; `mismatched` maps a name to its shapes in the file and the model."""
+    """What `load_backbone` did, by state-dict names; `mismatched` maps a name to its shapes in file and model."""
 
     source: str
     loaded: tuple[str, ...]
@@ -211,11 +213,12 @@ class Report:
         return not self.unexpected and not self.mismatched and all(map(_OUTPUT_NORM.match, self.missing))
 
     def __str__(self) -> str:
-        lines = [f"loaded {len(self.loaded)} tensors from {self.source}"]
-        for names, what in ((self.missing, "not in the file, left as they were"), (self.unexpected, "in the file, not used")):
-            if names:
-                lines.append(f"{len(names)} {what}: {_some(names, 8)}")
-        return "; ".join(lines)
+        words = f"loaded {len(self.loaded)} tensors from {self.source}"
+        if self.missing:
+            words += f"; {len(self.missing)} not in the file, left as they were: {_some(self.missing, 8)}"
+        if self.unexpected:
+            words += f"; {len(self.unexpected)} in the file, not used: {_some(self.unexpected, 8)}"
+        return words
 
 
 def load_backbone(
@@ -259,9 +262,7 @@ def load_backbone(
     ]
     if differences:
         count = f" ({len(report.mismatched)} shapes differ)" if report.mismatched else ""
-        raise ValueError(
-            f"{source} does not fit this {family}, another architecture: {'; '.join(differences)}{count}{_hint(state)}"
-        )
+        raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{count}{_hint(state)}")
     model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     logger = logger or logging.getLogger(__name__)
     logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
@@ -273,9 +274,10 @@ def _some(names, count: int = 4) -> str:
     return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
 
 
-def _depths(state: Mapping[str, Tensor]) -> dict[int, int]:
-    blocks = {match[0]: int(match[2]) for match in map(_BLOCK.match, state) if match}
-    return {stage: list(blocks.values()).count(stage) for stage in sorted(set(blocks.values()))}
+def _depths(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of blocks by stage, "levels.0" and so on."""
+    blocks = {(match[1], match[2]) for match in map(_BLOCK.match, state) if match}
+    return {stage: [of for of, _ in blocks].count(stage) for stage in sorted({of for of, _ in blocks})}
 
 
 def _layer_scale(state: Mapping[str, Tensor]) -> bool:
@@ -283,12 +285,12 @@ def _layer_scale(state: Mapping[str, Tensor]) -> bool:
 
 
 def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Differences of architecture that no shape shows, in words; stages that one side lacks altogether are not counted."""
+    """Differences of architecture that no shape shows, in words; a stage that one side lacks altogether is none."""
     theirs, ours = _depths(state), _depths(own)
     words = [
-        f"stage {i} has {theirs[i]} blocks in the file and {ours[i]} in the model"
-        for i in ours
-        if theirs.get(i, ours[i]) != ours[i]
+        f"{stage} has {theirs[stage]} blocks in the file and {depth} in the model"
+        for stage, depth in ours.items()
+        if theirs.get(stage, depth) != depth
     ]
     if _layer_scale(state) != _layer_scale(own):
         with_it, without = ("file", "model") if _layer_scale(state) else ("model", "file")
@@ -298,15 +300,15 @@ def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
 
 def _hint(state: Mapping[str, Tensor]) -> str:
     """Which architectures of the table have these depths, width, MLP and layer scale, as the end of a message."""
-    stages = next((match[1] for match in map(_BLOCK.match, state) if match), None)
-    norm, hidden = (state.get(f"{stages}.0.blocks.0.{name}") for name in ("norm1.weight", "mlp.fc1.weight"))
+    depths = _depths(state)
+    first = next(iter(depths), "")
+    norm, hidden = (state.get(f"{first}.blocks.0.{name}") for name in ("norm1.weight", "mlp.fc1.weight"))
     if norm is None or hidden is None:
         return ""
-    found = (len(norm), hidden.shape[0] / len(norm), tuple(_depths(state).values()), _layer_scale(state))
+    found = (first == "layers.0", len(norm), len(hidden) / len(norm), tuple(depths.values()), _layer_scale(state))
     names = [
         name
         for name, a in zoo.ARCHS.items()
-        if (a.family == "DiNAT_s") == (stages == "layers")
-        and (a.embed_dim, a.mlp_ratio, tuple(a.depths), a.layer_scale is not None) == found
+        if (a.family == "DiNAT_s", a.embed_dim, a.mlp_ratio, a.depths, a.layer_scale is not None) == found
     ]
     return f". The file looks like {' or '.join(names)}" if names else ""

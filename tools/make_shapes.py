@@ -3,9 +3,9 @@
 
     python tools/make_shapes.py OUT [--train N] [--val N] [--size PX] [--seed S]
 
-writes ``OUT/train/*.jpg``, ``OUT/val/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``. Colours and textures are
-drawn without looking at the class, so only the outline tells what a shape is. The same arguments give the same bytes.
-`draw_scene` knows nothing of files and `write_coco` nothing of drawing.
+writes ``OUT/train/*.jpg``, ``OUT/val/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``. Colours and textures
+are drawn without looking at the class, so only the outline tells what a shape is. The same arguments give the same
+bytes. `draw_scene` knows nothing of files and `write_coco` nothing of drawing.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,8 @@ class Scene:
 
     Attributes:
         image: ``[size, size, 3]`` uint8, RGB.
-        instances: pairs of an index into `CLASSES` and the visible mask, ``[size, size]`` bool, from the rearmost shape to
-            the foremost. Masks are disjoint; every shape that was painted is listed.
+        instances: pairs of an index into `CLASSES` and the visible mask, ``[size, size]`` bool, from the rearmost shape
+            to the foremost. Masks are disjoint; every shape that was painted is listed.
     """
 
     image: np.ndarray
@@ -49,11 +50,11 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
-    """Draw one scene of 2 to 7 shapes, from about a tenth to half of `size` (pixels) across."""
+    """Draw one scene of up to 7 shapes, from about a sixth to half of `size` (pixels) across."""
     outlines = []
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(3, 8)):
         kind = int(rng.integers(len(CLASSES)))
-        radius = size * np.exp(rng.uniform(np.log(0.055), np.log(0.26)))
+        radius = size * np.exp(rng.uniform(np.log(0.085), np.log(0.27)))
         outlines.append((kind, _coverage(rng, CLASSES[kind], radius, size)))
 
     # from the foremost to the rearmost, so that a shape left out does not hide anything itself
@@ -174,10 +175,11 @@ def write_coco(folder: Path, counts: dict[str, int], size: int, seed: int, progr
             (folder / split).mkdir()
             annotations = []
             results = pool.map(partial(_write_image, folder, split, size, seed), range(count), chunksize=16)
-            for index, records in enumerate(_counted(results, count, f"drawing {split}", progress)):
-                for kind, segmentation, area, bbox in records:
-                    annotation = dict(id=len(annotations) + 1, image_id=index + 1, category_id=kind + 1, iscrowd=0)
-                    annotations.append(annotation | dict(bbox=bbox, area=area, segmentation=segmentation))
+            with closing(results):  # cancels what is left to draw when interrupted
+                for index, records in enumerate(_counted(results, count, f"drawing {split}", progress)):
+                    for kind, segmentation, area, bbox in records:
+                        annotation = dict(id=len(annotations) + 1, image_id=index + 1, category_id=kind + 1, iscrowd=0)
+                        annotations.append(annotation | dict(bbox=bbox, area=area, segmentation=segmentation))
             images = [dict(id=i + 1, file_name=f"{i:06d}.jpg", width=size, height=size) for i in range(count)]
             categories = [dict(id=i + 1, name=name, supercategory="shape") for i, name in enumerate(CLASSES)]
             (folder / "annotations").mkdir(exist_ok=True)
@@ -230,8 +232,9 @@ def make_shapes(
         if present == wanted:
             return False
         if not replace:
-            raise FileExistsError(f"{out} holds shapes made with {present}, not {wanted}; remove it, name another folder, "
-                                  "or ask to replace it")
+            raise FileExistsError(
+                f"{out} holds shapes made with {present}, not {wanted}; name another folder or add --replace"
+            )
     elif out.exists():
         raise FileExistsError(f"{out} exists and was not written by make_shapes; name another folder")
 
@@ -251,7 +254,10 @@ def make_shapes(
 def print_progress(line: str) -> None:
     """Print a line; on a terminal each one overwrites the one before until a count is complete."""
     done, _, total = line.rpartition(" ")[2].partition("/")
-    print(f"\r{line}", end="\n" if done == total else "", flush=True) if sys.stdout.isatty() else print(line, flush=True)
+    if sys.stdout.isatty():
+        print(f"\r{line}", end="\n" if done == total else "", flush=True)
+    else:
+        print(line, flush=True)
 
 
 def main() -> None:

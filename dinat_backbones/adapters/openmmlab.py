@@ -14,7 +14,7 @@ try:
     from mmengine.model.weight_init import PretrainedInit
     from mmengine.registry import MODELS
 except ModuleNotFoundError as error:
-    if error.name != "mmengine":
+    if (error.name or "").split(".")[0] != "mmengine":
         raise
     raise ModuleNotFoundError(
         'dinat_backbones.adapters.openmmlab needs mmengine: pip install "dinat_backbones[openmmlab]"', name="mmengine"
@@ -37,7 +37,7 @@ class _Initialized:
         super().__init__(*args, **kwargs)
         self.init_cfg = init_cfg if pretrained is None else dict(type="Pretrained", checkpoint=pretrained)
 
-    def init_weights(self) -> None:
+    def init_weights(self: Any) -> None:
         """Called by mmengine before training. Without a checkpoint the trunk keeps the weights it was built with."""
         given, first_call = self.init_cfg, not self.is_init
         cfgs = [given] if isinstance(given, dict) else list(given or [])
@@ -45,10 +45,13 @@ class _Initialized:
         # mmengine's own loader knows neither the layouts of checkpoint.py nor an error where nothing fits
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
         try:
-            super().init_weights()
+            super().init_weights()  # type: ignore[misc]  # BaseModule has it
         finally:
             self.init_cfg = given
-        for cfg in pretrained if first_call else []:
+        if not first_call:
+            return  # mmengine has warned
+        self.is_init = False  # until the checkpoint is in
+        for cfg in pretrained:
             load_backbone(
                 self,
                 cfg["checkpoint"],
@@ -56,6 +59,7 @@ class _Initialized:
                 allow_pickle=cfg.get("allow_pickle", False),
                 logger=MMLogger.get_current_instance(),
             )
+        self.is_init = True
 
 
 # force: importing this file a second time (a reload, a second path to it) registers the same names again
@@ -68,8 +72,8 @@ class NAT(_Initialized, backbone.NAT, BaseModule):
     Args:
         pretrained: path or http(s) address of a checkpoint (ImageNet, detection or segmentation), loaded when mmengine
             calls init_weights(), by `checkpoint.load_backbone`.
-        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` for the same, with `prefix` and `allow_pickle` if needed, or
-            other initializers of mmengine. None keeps the random weights of the trunk.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)`` for the same, with `prefix` and `allow_pickle` if needed,
+            or other initializers of mmengine. None keeps the random weights of the trunk.
 
     Raises:
         ValueError: both are given.

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "na2d.h"
 
@@ -22,6 +24,7 @@ constexpr int kRows = 3;                        // query rows per tile
 constexpr int kDeltas = L == 16 ? 7 : 4;        // accumulators kRows * kDeltas, or kRows * kDims, must fit the registers
 constexpr int kDims = L == 16 ? 8 : 4;
 constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
+constexpr int kPrefetch = 16;                   // columns ahead
 constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
 
 typedef float Vec __attribute__((vector_size(L * 4)));
@@ -35,6 +38,14 @@ inline Vec splat(float x) { return Vec{} + x; }
 inline IntVec splat(int32_t x) { return IntVec{} + x; }
 inline IntVec load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
 inline Vec select(IntVec mask, Vec a, Vec b) { return Vec((IntVec(a) & mask) | (IntVec(b) & ~mask)); }
+// Keeps a vector in a register: compilers would rather load it again for each product it goes into.
+inline void in_register([[maybe_unused]] Vec& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 // Leading dimension of a transposed row: whole vectors, an odd number, so that dims don't share cache sets.
 inline int64_t leading(int64_t columns) { return (round_up(columns, L) / L | 1) * L; }
@@ -95,6 +106,7 @@ inline void transpose(Vec* rows) {  // an L x L block in place
 }
 
 typedef uint16_t Half;  // a bfloat16's bits
+typedef uint16_t HalfBits __attribute__((vector_size(L * 2)));
 typedef uint16_t HalfVec __attribute__((vector_size(L * 2), aligned(2), may_alias));
 
 inline float widen(float x) { return x; }
@@ -115,6 +127,12 @@ inline void narrow(float x, Half* out) {  // round to nearest even; a NaN stays 
   std::memcpy(&bits, &x, 4);
   *out = x != x ? Half(0x7fc0) : Half((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline void store_narrow(float* out, Vec x) { store(out, x); }
+inline void store_narrow(Half* out, Vec x) {
+  typedef uint32_t Bits __attribute__((vector_size(L * 4)));
+  const Bits bits = Bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *reinterpret_cast<HalfVec*>(out) = __builtin_convertvector(Bits(select(x == x, Vec(rounded), Vec(Bits{} + 0x7fc0))), HalfBits);
+}
 
 // Row `y` of one head: columns [begin, end) times `factor` to out[dim][column - begin], dims padded with zeros.
 template <class T>
@@ -122,24 +140,35 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
           float factor, float* out, int64_t ld) {
   const T* base = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3];
   const int64_t dx = view.stride[2], dd = view.stride[4], dims = round_up(p.dim, kDimPad);
-  Vec block[L];
   for (int64_t x = begin; x < end; x += L) {
     const int64_t nx = std::min<int64_t>(L, end - x);
+    // Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
+    if (x + kPrefetch + L <= end)
+      for (int64_t i = 0; i < L; ++i)
+        for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) __builtin_prefetch(base + (x + kPrefetch + i) * dx + d);
     for (int64_t d = 0; d < dims; d += L) {
       const int64_t nd = std::min<int64_t>(L, p.dim - d);
       const T* source = base + x * dx + d * dd;
+      Vec block[L];
       if (nx == L && nd == L && dd == 1) {
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) block[i] = load_as_float(source + i * dx) * splat(factor);
       } else {
-        for (int i = 0; i < L; ++i) block[i] = Vec{};
+        float part[L * L] = {};
         for (int64_t i = 0; i < nx; ++i)
-          for (int64_t j = 0; j < nd; ++j) block[i][j] = widen(source[i * dx + j * dd]) * factor;
+          for (int64_t j = 0; j < nd; ++j) part[i * L + j] = widen(source[i * dx + j * dd]) * factor;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) block[i] = load(part + i * L);
       }
+      float* target = out + d * ld + (x - begin);  // may touch the right pad, with zeros
       transpose(block);
-      const int64_t rows = std::min<int64_t>(L, dims - d);
-      float* target = out + d * ld + (x - begin);
-      for (int64_t i = 0; i < rows; ++i) store(target + i * ld, block[i]);  // may touch the right pad, with zeros
+      if (dims - d >= L) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(target + i * ld, block[i]);
+      } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < std::min(L, kDimPad); ++i) store(target + i * ld, block[i]);
+      }
     }
   }
 }
@@ -150,20 +179,27 @@ void unpack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, in
             float factor, const float* factors, const float* in, int64_t ld) {
   T* base = static_cast<T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3];
   const int64_t dx = view.stride[2], dd = view.stride[4];
-  Vec block[L];
   for (int64_t x = begin; x < end; x += L) {
     const int64_t nx = std::min<int64_t>(L, end - x);
     const Vec scale = factors ? load(factors + (x - begin)) : splat(factor);
     for (int64_t d = 0; d < p.dim; d += L) {
       const int64_t nd = std::min<int64_t>(L, p.dim - d);
-      for (int i = 0; i < L; ++i) block[i] = i < nd ? load(in + (d + i) * ld + (x - begin)) * scale : Vec{};
-      transpose(block);
+      const float* source = in + d * ld + (x - begin);
       T* target = base + x * dx + d * dd;
-      for (int64_t i = 0; i < nx; ++i)
-        if (sizeof(T) == 4 && nd == L && dd == 1)
-          store(reinterpret_cast<float*>(target + i * dx), block[i]);
-        else
-          for (int64_t j = 0; j < nd; ++j) narrow(block[i][j], target + i * dx + j * dd);
+      Vec block[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) block[i] = i < nd ? load(source + i * ld) * scale : Vec{};
+      transpose(block);
+      if (nx == L && nd == L && dd == 1) {
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store_narrow(target + i * dx, block[i]);
+      } else {
+        float part[L * L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(part + i * L, block[i]);
+        for (int64_t i = 0; i < nx; ++i)
+          for (int64_t j = 0; j < nd; ++j) narrow(part[i * L + j], target + i * dx + j * dd);
+      }
     }
   }
 }
@@ -185,7 +221,8 @@ void dots(const float* a, int64_t a_row, int64_t a_ld, const float* b, int64_t b
     for (int r = 0; r < Rows; ++r) q[r] = load(a + r * a_row);
 #pragma GCC unroll 8
     for (int j = 0; j < Deltas; ++j) {
-      const Vec k = load(b + j * step);
+      Vec k = load(b + j * step);
+      in_register(k);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) sum[r][j] += q[r] * k;
     }
@@ -228,6 +265,7 @@ void mix(const float* const* weight, int64_t w_step, const float* value, int64_t
     for (int i = 0; i < kDims; ++i) {
       Vec x = load(v + i * v_ld);
       if constexpr (Masked) x = Vec(IntVec(x) & inside);
+      in_register(x);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) sum[r][i] += w[r] * x;
     }
@@ -238,18 +276,24 @@ void mix(const float* const* weight, int64_t w_step, const float* value, int64_t
     for (int i = 0; i < kDims; ++i) store(out[r] + i * out_ld, sum[r][i]);
 }
 
-template <bool Masked, class... Args>
-inline void mix_of(int64_t rows, Args... args) {
+// Calls body(std::integral_constant<int, rows>).
+template <class Body>
+inline void with_rows(int64_t rows, Body body) {
   static_assert(kRows == 3);
   if (rows == 1)
-    mix<1, Masked>(args...);
+    body(std::integral_constant<int, 1>());
   else if (rows == 2)
-    mix<2, Masked>(args...);
+    body(std::integral_constant<int, 2>());
   else
-    mix<3, Masked>(args...);
+    body(std::integral_constant<int, 3>());
 }
 
 // ---- one item -----------------------------------------------------------------------------------------------------
+
+// Relative positions [low, high] that any lane of a vector of queries attends to; [inner_low, inner_high] all lanes do.
+struct Range {
+  int64_t low, inner_low, inner_high, high;
+};
 
 // The part of scratch that is common to both passes, and the steps they share. Columns are counted as in the map.
 template <class T>
@@ -262,6 +306,7 @@ struct Tile {
   int64_t key_begin, key_end;           // columns of their keys
   int64_t key_ld, query_ld, ring;
   float *keys, *values, *queries, *logits, *inverse;  // each at column `begin` or `key_begin`, behind a left pad of L
+  std::vector<Range> ranges;                          // of every vector
   int64_t packed = -1;                                // key rows below this are in the ring
   int64_t row = 0, rows = 0;                          // the tile's query rows: class positions [row, row + rows)
 
@@ -287,6 +332,10 @@ struct Tile {
     queries = take(scratch, kRows * dims, query_ld, end - begin);
     logits = take(scratch, kRows * K * span, query_ld, end - begin);
     inverse = take(scratch, kRows, query_ld, end - begin);
+    for (int64_t x = begin; x < end; x += L) {
+      const auto firsts = std::minmax_element(columns.first + x, columns.first + std::min(x + L, end));
+      ranges.push_back({*firsts.first, *firsts.second, *firsts.first + K - 1, *firsts.second + K - 1});
+    }
   }
 
   // `rows` rows of `ld` floats, the first column behind a pad of L. The pads are zero: vectors at the ends read, and mask
@@ -308,19 +357,6 @@ struct Tile {
   // Where the logit (or weight) of a tile row, window row and relative column lies, for column `begin`.
   int64_t place(int64_t r, int64_t window_row, int64_t delta) const {
     return ((r * K + window_row) * span + delta + K - 1) * query_ld;
-  }
-
-  // Relative positions [low, high] that any lane of vector v attends to; [inner_low, inner_high] are common to all lanes.
-  struct Range {
-    int64_t low, inner_low, inner_high, high;
-  };
-  Range range(int64_t v) const {
-    int64_t x = begin + v * L, low = columns.first[x], high = low;
-    for (const int64_t stop = std::min(x + L, end); ++x < stop;) {
-      low = std::min<int64_t>(low, columns.first[x]);
-      high = std::max<int64_t>(high, columns.first[x]);
-    }
-    return {low, high, low + K - 1, high + K - 1};
   }
 
   void pack_row(const Na2dView& view, int64_t position, int64_t from, int64_t to, float factor, float* out, int64_t ld) {
@@ -354,43 +390,47 @@ struct Tile {
     }
   }
 
+  // What to hold in L1: near neighbors share cache lines, so one vector of queries can visit all its key rows; far ones
+  // are met again only by the next vectors of queries, so a key row stays until all of those have visited it.
+  bool near() const { return (K - 1) * p.dilation <= 2 * L; }
+
   // out[r][window row][delta][column] = <a row r, b row k>; b lies in the ring like keys and values.
   void product(const float* a, const float* b, float* out) const {
-    for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-      for (int64_t chunk = 0; chunk < dims; chunk += kDimChunk) {
-        const int64_t chunk_dims = std::min<int64_t>(kDimChunk, dims - chunk);
-        for (int64_t v = 0; v < vectors; ++v) {
-          const Range reach = range(v);
-          const int64_t wanted = reach.high - reach.low + 1, calls = (wanted + kDeltas - 1) / kDeltas;
-          const int64_t each = (wanted + calls - 1) / calls, x = begin + v * L;
-          for (int64_t delta = reach.low; delta <= reach.high; delta += each) {
-            const int64_t deltas = std::min(each, reach.high + 1 - delta);
-            float* target[kRows];
-            for (int64_t r = 0; r < count; ++r)
-              target[r] = out + place(first + r, k - start(row + first + r), delta) + v * L;
-            const float* left = a + first * dims * query_ld + chunk * query_ld + v * L;
-            const float* right = b + slot(k) + chunk * key_ld + (x + delta * p.dilation - key_begin);
-            const auto call = [&](auto rows_of) {
-              dots_of<decltype(rows_of)::value>(deltas, left, dims * query_ld, query_ld, right, key_ld,
-                                                int64_t(p.dilation), chunk_dims, chunk > 0, target, query_ld);
-            };
-            if (count == 1)
-              call(std::integral_constant<int, 1>());
-            else if (count == 2)
-              call(std::integral_constant<int, 2>());
-            else
-              call(std::integral_constant<int, 3>());
-          }
-        }
+    if (near())
+      for (int64_t v = 0; v < vectors; ++v)
+        for_key_rows([&](int64_t k, int64_t first, int64_t count) { product_of(a, b, out, v, k, first, count); });
+    else
+      for_key_rows([&](int64_t k, int64_t first, int64_t count) {
+        for (int64_t v = 0; v < vectors; ++v) product_of(a, b, out, v, k, first, count);
+      });
+  }
+
+  void product_of(const float* a, const float* b, float* out, int64_t v, int64_t k, int64_t first, int64_t count) const {
+    const Range& reach = ranges[v];
+    const int64_t wanted = reach.high - reach.low + 1, calls = (wanted + kDeltas - 1) / kDeltas;
+    const int64_t each = (wanted + calls - 1) / calls, x = begin + v * L;
+    for (int64_t chunk = 0; chunk < dims; chunk += kDimChunk) {
+      const int64_t chunk_dims = std::min<int64_t>(kDimChunk, dims - chunk);
+      for (int64_t delta = reach.low; delta <= reach.high; delta += each) {
+        const int64_t deltas = std::min(each, reach.high + 1 - delta);
+        float* target[kRows];
+        for (int64_t r = 0; r < count; ++r)
+          target[r] = out + place(first + r, k - start(row + first + r), delta) + v * L;
+        const float* left = a + (first * dims + chunk) * query_ld + v * L;
+        const float* right = b + slot(k) + chunk * key_ld + (x + delta * p.dilation - key_begin);
+        with_rows(count, [&](auto rows_of) {
+          dots_of<decltype(rows_of)::value>(deltas, left, dims * query_ld, query_ld, right, key_ld, int64_t(p.dilation),
+                                            chunk_dims, chunk > 0, target, query_ld);
+        });
       }
-    });
+    }
   }
 
   // Logits to weights in place, up to the factor left in `inverse`; the bias comes in here.
   void softmax() const {
     const float* const table = p.rpb ? p.rpb + item.head * span * span : nullptr;
     for (int64_t v = 0; v < vectors; ++v) {
-      const Range reach = range(v);
+      const Range& reach = ranges[v];
       const int64_t x = begin + v * L;
       const bool uniform = reach.low == reach.inner_low, whole = x + L <= end;
       const IntVec first = load(columns.first + x);
@@ -431,29 +471,39 @@ struct Tile {
   // out[r][dim][column] += sum over the window of weights (laid out like logits) * b (in the ring), for the vectors
   // [from, to).
   void combine(const float* weights, const float* b, float* out, int64_t from, int64_t to) const {
-    for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-      for (int64_t d = 0; d < dims; d += kDims)
-        for (int64_t v = from; v < to; ++v) {
-          const Range reach = range(v);
-          const int64_t x = begin + v * L;
-          float* target[kRows];
-          for (int64_t r = 0; r < count; ++r) target[r] = out + ((first + r) * dims + d) * query_ld + v * L;
-          const auto part = [&](auto masked, int64_t low, int64_t high) {
-            if (low > high) return;
-            const float* weight[kRows];
-            for (int64_t r = 0; r < count; ++r)
-              weight[r] = weights + place(first + r, k - start(row + first + r), low) + v * L;
-            const float* value = b + slot(k) + d * key_ld + (x + low * p.dilation - key_begin);
-            mix_of<decltype(masked)::value>(count, weight, query_ld, value, key_ld, int64_t(p.dilation), high - low + 1,
-                                            target, query_ld, columns.first + x, int32_t(low), int32_t(K));
-          };
-          const int64_t inner_low = std::min(reach.inner_low, reach.high + 1);
-          const int64_t inner_high = std::max(reach.inner_high, inner_low - 1);
-          part(std::true_type(), reach.low, inner_low - 1);
-          part(std::false_type(), inner_low, inner_high);
-          part(std::true_type(), inner_high + 1, reach.high);
-        }
-    });
+    if (near())
+      for (int64_t v = from; v < to; ++v)
+        for (int64_t d = 0; d < dims; d += kDims)
+          for_key_rows([&](int64_t k, int64_t first, int64_t count) { combine_of(weights, b, out, v, d, k, first, count); });
+    else
+      for_key_rows([&](int64_t k, int64_t first, int64_t count) {
+        for (int64_t v = from; v < to; ++v)
+          for (int64_t d = 0; d < dims; d += kDims) combine_of(weights, b, out, v, d, k, first, count);
+      });
+  }
+
+  void combine_of(const float* weights, const float* b, float* out, int64_t v, int64_t d, int64_t k, int64_t first,
+                  int64_t count) const {
+    const Range& reach = ranges[v];
+    const int64_t x = begin + v * L;
+    float* target[kRows];
+    for (int64_t r = 0; r < count; ++r) target[r] = out + ((first + r) * dims + d) * query_ld + v * L;
+    const auto part = [&](auto masked, int64_t low, int64_t high) {
+      if (low > high) return;
+      const float* weight[kRows];
+      for (int64_t r = 0; r < count; ++r)
+        weight[r] = weights + place(first + r, k - start(row + first + r), low) + v * L;
+      const float* value = b + slot(k) + d * key_ld + (x + low * p.dilation - key_begin);
+      with_rows(count, [&](auto rows_of) {
+        mix<decltype(rows_of)::value, decltype(masked)::value>(weight, query_ld, value, key_ld, p.dilation, high - low + 1,
+                                                               target, query_ld, columns.first + x, int32_t(low), int32_t(K));
+      });
+    };
+    const int64_t inner_low = std::min(reach.inner_low, reach.high + 1);
+    const int64_t inner_high = std::max(reach.inner_high, inner_low - 1);
+    part(std::true_type(), reach.low, inner_low - 1);
+    part(std::false_type(), inner_low, inner_high);
+    part(std::true_type(), inner_high + 1, reach.high);
   }
 };
 
@@ -487,6 +537,7 @@ struct Backward {
   const Item& item;
   const int64_t dims, query_ld, own_ld, own_vectors, own_from, own_to;  // own_from, own_to: vectors of the owned queries
   float *grad_out, *grad_logits, *grad_queries, *grad_keys, *grad_values, *table;
+  std::vector<std::pair<int64_t, int64_t>> reached;  // per vector of owned keys: relative positions they are attended from
   int64_t flushed;
 
   static int64_t query_begin(const Na2dProblem& p, const Columns& columns, const Item& item) {
@@ -520,6 +571,11 @@ struct Backward {
     grad_queries = tile.take(scratch, kRows * dims, query_ld, 0);
     grad_keys = tile.take(scratch, tile.ring * dims, own_ld, 0);
     grad_values = tile.take(scratch, tile.ring * dims, own_ld, 0);
+    for (int64_t x = item.column_begin; x < item.column_end; x += L) {
+      const int64_t stop = std::min(x + L, item.column_end);
+      reached.emplace_back(*std::min_element(columns.key_low + x, columns.key_low + stop),
+                           *std::max_element(columns.key_high + x, columns.key_high + stop));
+    }
     table = scratch;
     std::fill(table, table + tile.span * tile.span * L, 0.f);
     // Relative positions no lane of a vector attends to are never written, but read for the keys: they stay zero.
@@ -529,7 +585,7 @@ struct Backward {
   // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
   void softmax_gradient() {
     for (int64_t v = 0; v < tile.vectors; ++v) {
-      const auto reach = tile.range(v);
+      const Range& reach = tile.ranges[v];
       for (int64_t r = 0; r < tile.rows; ++r) {
         const Vec inverse = load(tile.inverse + r * query_ld + v * L);
         const bool owned = owns(tile.row + r) && v >= own_from && v < own_to;
@@ -559,33 +615,44 @@ struct Backward {
 
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
 
-  // target[key row][dim][column] += sum over the queries of tile row r that attend to the key of weight * source: the
+  // target[key row][dim][column] += sum over the queries of the tile that attend to the key of weight * source: the
   // transpose of Tile::combine, gathering over shifted weights and sources.
-  void scatter(const float* weights, const float* source, float* target) {
+  void scatter(const float* weights, const float* source, float* target) const {
+    if (tile.near())
+      for (int64_t v = 0; v < own_vectors; ++v)
+        for (int64_t d = 0; d < dims; d += kDims)
+          for_sources([&](int64_t r, int64_t k, int64_t count) { scatter_of(weights, source, target, v, d, r, k, count); });
+    else
+      for_sources([&](int64_t r, int64_t k, int64_t count) {
+        for (int64_t v = 0; v < own_vectors; ++v)
+          for (int64_t d = 0; d < dims; d += kDims) scatter_of(weights, source, target, v, d, r, k, count);
+      });
+  }
+
+  // Calls body(tile row, first of some owned key rows in its window, their number).
+  template <class Body>
+  void for_sources(Body body) const {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t top = tile.start(tile.row + r), stop = std::min(top + tile.K, item.row_end);
-      for (int64_t k = std::max(top, item.row_begin); k < stop; k += kRows) {
-        const int64_t count = std::min<int64_t>(kRows, stop - k);
-        for (int64_t d = 0; d < dims; d += kDims)
-          for (int64_t v = 0; v < own_vectors; ++v) {
-            const int64_t x = item.column_begin + v * L;
-            int64_t low = tile.columns.key_low[x], high = tile.columns.key_high[x];
-            for (int64_t lane = 1; lane < std::min<int64_t>(L, item.column_end - x); ++lane) {
-              low = std::min<int64_t>(low, tile.columns.key_low[x + lane]);
-              high = std::max<int64_t>(high, tile.columns.key_high[x + lane]);
-            }
-            const int64_t from = x - low * p.dilation - tile.begin;
-            const float* weight[kRows];
-            float* out[kRows];
-            for (int64_t a = 0; a < count; ++a) {
-              weight[a] = weights + tile.place(r, k + a - top, low) + from;
-              out[a] = target + ((k + a) % tile.ring * dims + d) * own_ld + v * L;
-            }
-            mix_of<false>(count, weight, query_ld - p.dilation, source + (r * dims + d) * query_ld + from, query_ld,
-                          -int64_t(p.dilation), high - low + 1, out, own_ld, nullptr, 0, 0);
-          }
-      }
+      for (int64_t k = std::max(top, item.row_begin); k < stop; k += kRows) body(r, k, std::min<int64_t>(kRows, stop - k));
     }
+  }
+
+  void scatter_of(const float* weights, const float* source, float* target, int64_t v, int64_t d, int64_t r, int64_t k,
+                  int64_t count) const {
+    const int64_t x = item.column_begin + v * L, top = tile.start(tile.row + r);
+    const int64_t low = reached[v].first, high = reached[v].second;
+    const int64_t from = x - low * p.dilation - tile.begin;
+    const float* weight[kRows];
+    float* out[kRows];
+    for (int64_t a = 0; a < count; ++a) {
+      weight[a] = weights + tile.place(r, k + a - top, low) + from;
+      out[a] = target + ((k + a) % tile.ring * dims + d) * own_ld + v * L;
+    }
+    with_rows(count, [&](auto rows_of) {
+      mix<decltype(rows_of)::value, false>(weight, query_ld - p.dilation, source + (r * dims + d) * query_ld + from,
+                                           query_ld, -p.dilation, high - low + 1, out, own_ld, nullptr, 0, 0);
+    });
   }
 
   // Hands out the key rows below `stop`: no later tile adds to them.

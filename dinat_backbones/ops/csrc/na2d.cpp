@@ -1,6 +1,10 @@
 // The C interface: cuts a problem into items, and runs them on the caller's threads with the best kernels of the machine.
 #include "na2d.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -13,6 +17,7 @@
 namespace na2d {
 namespace {
 
+constexpr size_t kHugePage = 2 << 20;
 constexpr int64_t kAlign = 16;  // columns of an item start at multiples of the widest vector
 
 const Kernels& pick() {
@@ -31,7 +36,8 @@ const Kernels& best() {
   return kernels;
 }
 
-// Per-thread memory that outlives a call, so that a network's many calls don't pay for fresh pages each time.
+// Per-thread memory that outlives a call, so that a network's many calls don't pay for fresh pages each time. The kernels
+// jump between hundreds of its rows: on small pages the address translations would not fit their cache.
 struct Arena {
   float* data = nullptr;
   size_t floats = 0;
@@ -39,8 +45,12 @@ struct Arena {
   float* reserve(size_t wanted) {
     if (wanted > floats) {
       std::free(data);
-      data = static_cast<float*>(std::aligned_alloc(64, (wanted * sizeof(float) + 63) / 64 * 64));
+      const size_t bytes = (wanted * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
+      data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
       floats = data ? wanted : 0;
+#ifdef MADV_HUGEPAGE
+      if (data) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
     }
     return data;
   }

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#pragma GCC visibility push(default)  // the rest of the library is hidden
 extern "C" {
 
 // One [batch, height, width, heads, dim] array; strides count elements. Null data means absent.
@@ -34,6 +35,7 @@ int na2d_backward(const Na2dProblem* problem);
 // "avx512", "avx2" or "baseline": what this machine runs.
 const char* na2d_instruction_set();
 }
+#pragma GCC visibility pop
 
 namespace na2d {
 
