@@ -1,7 +1,7 @@
 """Package metadata, and the CPU kernel as an optional extension.
 
 The kernel is a plain shared library with a C interface: it needs a C++17 compiler (GCC or Clang), but neither torch nor
-Python headers, so one build serves every torch and Python version. Without a compiler the installation goes on without it.
+Python headers, so one build serves every torch and Python version. Without a compiler the installation goes on.
 """
 
 import platform
@@ -36,13 +36,19 @@ class BuildKernel(build_ext):
     def build_extension(self, ext):
         def compile_(source, flags, macros, folder=""):
             return self.compiler.compile(
-                [f"{CSRC}/{source}"], f"{self.build_temp}/{folder}", macros, depends=ext.depends, extra_postargs=FLAGS + flags
+                [f"{CSRC}/{source}"],
+                f"{self.build_temp}/{folder}",
+                macros,
+                depends=ext.depends,
+                extra_postargs=FLAGS + flags,
             )
 
         objects = compile_("na2d.cpp", [], [("NA2D_X86", "1")] if X86 else [])
         for name, lanes, flags in INSTRUCTION_SETS:
             objects += compile_("kernel.cpp", flags, [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))], folder=name)
-        self.compiler.link_shared_object(objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=["-pthread"])
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=["-pthread"]
+        )
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".so"  # a plain library: no Python ABI in its name

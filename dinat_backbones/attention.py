@@ -46,7 +46,9 @@ class NeighborhoodAttention2D(nn.Module):
     ):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels")
+            raise ValueError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels"
+            )
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
         if dilation < 1:

@@ -45,7 +45,7 @@ class ConvDownsampler(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """4x4 patches: ``[B, in_chans, H, W]``, zero-padded to multiples of 4, to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
+    """4x4 patches: ``[B, in_chans, H, W]``, zero-padded to multiples of 4, to ``[B, H/4, W/4, embed_dim]``."""
 
     def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None):
         super().__init__()
@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2x2 pixels become one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, ceil(H/2), ceil(W/2), 2C]``."""
+    """2x2 pixels become one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, H/2, W/2, 2C]`` rounded up."""
 
     def __init__(self, dim: int, norm_layer: type[nn.Module]):
         super().__init__()
@@ -74,7 +74,7 @@ class PatchMerging(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `p` while training, and scale the others up."""
+    """Stochastic depth: while training, drop a sample's residual branch with probability `p`, scale the others up."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -104,7 +104,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on ``[B, H, W, dim]``; `layer_scale` adds the learned factors `gamma1` and `gamma2`."""
+    """Pre-norm transformer block on ``[B, H, W, dim]``; `layer_scale` adds learned factors `gamma1`, `gamma2`."""
 
     def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: NeighborhoodAttention2D):
         super().__init__()
@@ -137,10 +137,8 @@ class Stage(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the feature map of this stage and the input of the next one, both ``[B, H, W, C]``."""
         for block in self.blocks:
-            if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            recompute = self.with_cp and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x, x if self.downsample is None else self.downsample(x)
 
 
@@ -172,7 +170,7 @@ class _Trunk(nn.Module):
         patch_norm: bool = True,
         norm_layer: type[nn.Module] = nn.LayerNorm,
         in_chans: int = 3,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
         impl: str | None = None,
@@ -181,7 +179,9 @@ class _Trunk(nn.Module):
         named = self._named(arch)
         embed_dim, depths, num_heads, mlp_ratio = (
             self._given_or_named(name, given, named)
-            for name, given in dict(embed_dim=embed_dim, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio).items()
+            for name, given in dict(
+                embed_dim=embed_dim, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio
+            ).items()
         )
         if kernel_size is None:
             kernel_size = named.kernel_size if named else 7
@@ -193,6 +193,8 @@ class _Trunk(nn.Module):
             dilations = zoo.dilations(arch, dilations)
         if dilations is None:
             dilations = [[1] * depth for depth in depths]
+        if out_indices is None:
+            out_indices = range(len(depths))
         self._check(depths, num_heads, dilations, out_indices, frozen_stages)
 
         self.depths, self.num_heads, self.kernel_size = tuple(depths), tuple(num_heads), kernel_size
@@ -204,7 +206,8 @@ class _Trunk(nn.Module):
 
         self.patch_embed = self.tokenizer(in_chans, embed_dim, norm_layer if patch_norm else None)
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last = max(1, sum(depths) - 1)
+        drop_path = (drop_path_rate * i / last for i in range(sum(depths)))
         stages = nn.ModuleList()
         for i, width in enumerate(widths):
             blocks = []
@@ -265,7 +268,9 @@ class _Trunk(nn.Module):
             return None
         named = zoo.arch(arch)
         if named.family != cls.family:
-            raise ValueError(f"arch={arch!r} belongs to {named.family}, not to {cls.family}; use {named.family}(arch={arch!r})")
+            raise ValueError(
+                f"arch={arch!r} belongs to {named.family}, not to {cls.family}; use {named.family}(arch={arch!r})"
+            )
         return named
 
     @classmethod
@@ -311,7 +316,7 @@ class NAT(_Trunk):
         patch_norm: norm after the tokenizer.
         norm_layer: called with a width.
         in_chans: channels of the image.
-        out_indices: stages whose normed features are returned.
+        out_indices: stages whose normed features are returned; None for all.
         frozen_stages: -1 for none, 0 for the tokenizer, n for the tokenizer and the first n stages with their norms.
         with_cp: activation checkpointing, block by block.
         impl: insist on one implementation of the op.

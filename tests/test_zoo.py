@@ -46,7 +46,7 @@ def test_there_are_64_rows_and_each_is_found_by_its_name():
     tables = [zoo.CLASSIFICATION, zoo.DETECTION, zoo.SEGMENTATION, zoo.MASK2FORMER]
     assert [len(table) for table in tables] == [22, 21, 13, 8]
     assert [len(PUBLISHED[kind]) for kind in NAMES] == [22, 21, 13, 8]
-    for table, names in zip(tables, NAMES.values()):
+    for table, names in zip(tables, NAMES.values(), strict=True):
         assert list(table) == names == [row.name for row in table.values()]
     assert zoo.rows() == tuple(row for table in tables for row in table.values())
     assert len({row.name for row in zoo.rows()}) == len({row.checkpoint for row in zoo.rows()}) == 64
@@ -128,7 +128,7 @@ def test_every_setting_is_that_of_a_row():
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-@pytest.mark.parametrize(("name", "fact"), list(zip(NAMES["classification"], PUBLISHED["classification"])))
+@pytest.mark.parametrize(("name", "fact"), list(zip(NAMES["classification"], PUBLISHED["classification"], strict=True)))
 def test_classification(name, fact):
     row = zoo.CLASSIFICATION[name]
     assert {field: getattr(row, field) for field in fact} == fact

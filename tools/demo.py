@@ -31,7 +31,7 @@ CONFIG = Path("configs/demo/mask_rcnn_dinat_shapes.py")
 FOLDER = Path("work_dirs/demo")
 TRAINING = FOLDER / "training"
 DATA = FOLDER / "shapes"  # CONFIG reads it there
-SHAPES = dict(train=1600, val=200, size=160, seed=0)
+SHAPES = dict(train=2000, val=200, size=160, seed=0)
 REQUIRED_AP50 = 0.60
 SHOWN_IMAGES = 8
 SHOWN_SCORE = 0.5

@@ -6,7 +6,7 @@ custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_fail
 classes = ("circle", "square", "triangle", "star", "ring", "cross")
 data_root = "work_dirs/demo/shapes/"
 image_size = 160
-epochs = 6
+epochs = 3
 width = 64  # channels of the FPN and the heads
 
 model = dict(
@@ -21,6 +21,8 @@ model = dict(
         dilations=[[1, 4], [1, 4], [1, 2], [1, 1]],
         mlp_ratio=2.0,
         drop_path_rate=0.0,
+        # larger than the trunk's own start, which suits long schedules
+        init_cfg=dict(type="Xavier", layer="Linear", distribution="uniform"),
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4, norm_cfg=dict(type="GN", num_groups=8)),
     rpn_head=dict(
@@ -38,7 +40,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=300, max_per_img=100),
-        rcnn=dict(mask_size=20, sampler=dict(num=64), assigner=dict(match_low_quality=False)),
+        rcnn=dict(mask_size=20, sampler=dict(num=32, pos_fraction=0.5), assigner=dict(match_low_quality=False)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=30)),
 )
@@ -56,9 +58,9 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    batch_size=4,  # more steps serve better than larger ones here
+    num_workers=0,  # reading takes 1 ms an image, and the cores have enough to do
+    persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         type="CocoDataset",
@@ -71,8 +73,8 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,
+    persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CocoDataset",
@@ -93,7 +95,7 @@ val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=dict(rpb=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=5.0),
 )
@@ -101,5 +103,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=60),
     dict(type="CosineAnnealingLR", eta_min=0.0, by_epoch=True, T_max=epochs, convert_to_iter_based=True),
 ]
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=1, max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=1, max_keep_ckpts=2))
 randomness = dict(seed=0)

@@ -24,13 +24,13 @@ def neighborhood_attention_2d(
     """Softmax attention of every pixel over its `kernel_size` x `kernel_size` dilated neighborhood.
 
     Along each axis the positions with equal ``index % dilation`` form a sequence of their own. Within it the window of
-    position `p` starts at ``clamp(p - kernel_size // 2, 0, length - kernel_size)``: at borders it shifts, so every query
+    position `p` starts at ``clamp(p - kernel_size // 2, 0, length - kernel_size)``: at borders it shifts; every query
     has exactly ``kernel_size ** 2`` keys (NAT, arXiv 2204.07143, section 3.1; DiNAT, arXiv 2209.15001, section 3.2).
 
     Args:
         query, key, value: ``[B, H, W, heads, head_dim]``, one floating dtype, one device; any strides.
-        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis is
-            ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
+        rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis
+            is ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
         kernel_size: odd, at least 3 (1 would attend to itself alone).
         dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
         scale: multiplies the query; None stands for ``head_dim ** -0.5``.
@@ -79,7 +79,9 @@ def check(query, key, value, rpb, kernel_size, dilation) -> None:
         raise ValueError(f"query, key, value and rpb must be on one device; got {sorted(map(str, devices))}")
     _, height, width, heads, head_dim = query.shape
     if heads < 1 or head_dim < 1:
-        raise ValueError(f"expected at least one head and one dimension per head; got heads={heads}, head_dim={head_dim}")
+        raise ValueError(
+            f"expected at least one head and one dimension per head; got heads={heads}, head_dim={head_dim}"
+        )
     reach = kernel_size * dilation
     if height < reach or width < reach:
         raise ValueError(

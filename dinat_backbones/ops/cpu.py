@@ -1,7 +1,8 @@
 """The C++ kernel on the CPU, registered with `torch.library` so that `torch.compile` sees one node each way.
 
 The library (csrc/, built by setup.py) has a plain C interface and does not link a threading runtime: it is handed
-the entry point of the OpenMP runtime torch has loaded, because a second pool of threads would fight with torch's spinning one.
+the entry point of the OpenMP runtime torch has loaded, because a second pool of threads would fight with torch's
+spinning one.
 """
 
 import ctypes
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-LIBRARY = Path(__file__).with_name("_na2d.so")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,23 +36,26 @@ class _Problem(ctypes.Structure):  # Na2dProblem of csrc/na2d.h, field by field
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL | str:
-    """The loaded kernel, or the reason why there is none."""
-    if not LIBRARY.exists():
-        return (
-            f"the C++ kernel was not built when the package was installed ({LIBRARY.name} is missing): "
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The kernel's library, or None and the reason why there is none."""
+    if not path.exists():
+        return None, (
+            f"the C++ kernel was not built when the package was installed ({path.name} is missing): "
             "install a C++17 compiler and reinstall dinat_backbones"
         )
     try:
-        return ctypes.CDLL(str(LIBRARY))
+        return ctypes.CDLL(str(path)), ""
     except OSError as error:
-        return f"the C++ kernel does not load on this machine: {error}"
+        return None, f"the C++ kernel does not load on this machine: {error}"
+
+
+# At import, so that torch.compile finds a constant
+_library, _missing = _load(Path(__file__).with_name("_na2d.so"))
 
 
 @cache
 def _openmp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime this process has loaded; None lets the kernel start threads itself."""
+    """Address of GOMP_parallel in the OpenMP runtime of this process; None lets the kernel start threads itself."""
     torch.get_num_threads()  # makes sure the runtime is there
     try:
         mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
@@ -84,19 +87,15 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: there is no kernel.
     """
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    library.na2d_instruction_set.restype = ctypes.c_char_p
-    return library.na2d_instruction_set().decode()
+    if _library is None:
+        raise RuntimeError(_missing)
+    _library.na2d_instruction_set.restype = ctypes.c_char_p
+    return _library.na2d_instruction_set().decode()
 
 
 def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[str]:
     """Reasons, in words, why this call cannot run here."""
-    reasons = []
-    library = _library()
-    if isinstance(library, str):
-        reasons.append(library)
+    reasons = [_missing] if _missing else []
     if query.device.type != "cpu":
         reasons.append(f"the tensors are on {query.device}, the kernel runs on cpu")
     if query.dtype not in DTYPES:
@@ -121,7 +120,7 @@ def _call(function: str, query, key, value, rpb, kernel_size, dilation, scale, *
         problem.rpb = rpb.data_ptr()
     for name, tensor in dict(query=query, key=key, value=value, **outputs).items():
         setattr(problem, name, tensor.data_ptr() if name == "grad_rpb" else _View.of(tensor))
-    if getattr(_library(), function)(ctypes.byref(problem)):
+    if getattr(_library, function)(ctypes.byref(problem)):
         raise MemoryError(f"{function}: no memory for scratch at query shape {list(query.shape)}")
 
 

@@ -1,4 +1,4 @@
-"""The specification of neighborhood attention in plain PyTorch: every query gathers its keys. Slow, and meant to be read."""
+"""The specification of neighborhood attention in plain PyTorch: every query gathers its keys. Slow, to be read."""
 
 import torch
 

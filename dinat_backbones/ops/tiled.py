@@ -1,8 +1,8 @@
-"""Neighborhood attention in plain PyTorch wherever it runs: dense attention of tiles of queries over the keys they span.
+"""Neighborhood attention in plain PyTorch wherever it runs: tiles of queries attend densely to the keys they span.
 
-Along each axis the queries of one residue class are cut into tiles of consecutive positions. A tile and all the keys its
-windows touch form a small dense problem with a mask, that is, matrix products of a fixed size. Tiles are processed in
-chunks of bounded size, and each chunk is recomputed for the backward pass instead of being kept.
+Along each axis the queries of one residue class are cut into tiles of consecutive positions. A tile and all the keys
+its windows touch form a small dense problem with a mask, that is, matrix products of a fixed size. Tiles are processed
+in chunks of bounded size, and each chunk is recomputed for the backward pass instead of being kept.
 """
 
 import math
@@ -87,7 +87,7 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
     table = torch.nn.functional.pad(table, (0, 1, 0, 1), value=-math.inf)  # index 2K-1: not in the window
 
     per_row_tile = batch * heads * columns.bias.numel() * rows.bias[0].numel()
-    step = max(1, CHUNK_ELEMENTS // per_row_tile)
+    step = max(1, CHUNK_ELEMENTS // max(1, per_row_tile))
     parts = []
     query = query * scale
     for at in range(0, len(rows.queries), step):

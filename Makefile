@@ -1,0 +1,39 @@
+# Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
+.PHONY: setup setup-classic demo test test-modern test-classic lint bench bench-classic clean
+
+PYTEST = -m pytest -q
+
+setup:
+	tools/setup_env.sh modern
+
+setup-classic:
+	tools/setup_env.sh classic
+
+demo: setup
+	.venv/bin/python tools/demo.py
+
+test: test-modern test-classic
+
+test-modern: setup
+	@echo "== modern stack"
+	.venv/bin/python $(PYTEST)
+
+# The shapes dataset, zoo and benchmark need no second stack.
+test-classic: setup-classic
+	@echo "== classic stack"
+	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
+		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: setup
+	.venv/bin/python tools/benchmark.py all --out work_dirs/benchmark.json
+
+bench-classic: setup-classic
+	.venv-classic/bin/python tools/benchmark.py all --out work_dirs/benchmark-classic.json
+
+clean:
+	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/_na2d.so

@@ -1,0 +1,120 @@
+"""The module around the op: padding, cropping, dropout, attention maps."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dinat_backbones import NeighborhoodAttention2D
+from dinat_backbones.ops import IMPLEMENTATIONS, reference
+
+
+def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
+    torch.manual_seed(0)
+    attention = NeighborhoodAttention2D(dim, heads, kernel_size, dilation, **kwargs)
+    if attention.rpb is not None:
+        torch.nn.init.normal_(attention.rpb)
+    torch.nn.init.normal_(attention.proj.bias)
+    return attention
+
+
+@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 30), (13, 14), (14, 13), (14, 14), (20, 9)])
+def test_small_maps_attend_to_the_padding(height, width, impl):
+    """Written out: padded keys and values are the bias of qkv; the golden networks hold the same numbers."""
+    attention = module(kernel_size=7, dilation=2, impl=impl)
+    x = torch.randn(2, height, width, 16, requires_grad=True)
+    got = attention(x)
+    assert got.shape == x.shape
+
+    padded_height, padded_width = max(height, 14), max(width, 14)
+    qkv = attention.qkv.bias.view(3, 2, 8).expand(2, padded_height, padded_width, 3, 2, 8).clone()
+    qkv[:, :height, :width] = (x @ attention.qkv.weight.T + attention.qkv.bias).view(2, height, width, 3, 2, 8)
+    weights = reference.weights(qkv[..., 0, :, :], qkv[..., 1, :, :], attention.rpb, 7, 2, 8**-0.5)
+    out = reference.apply_weights(weights, qkv[..., 2, :, :], 7, 2)[:, :height, :width]
+    expected = attention.proj(out.flatten(-2))
+    assert torch.allclose(got, expected, atol=1e-5)
+
+    parameters = [x, *attention.parameters()]
+    grad_out = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, parameters, grad_out), torch.autograd.grad(expected, parameters, grad_out), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_dense_attention_where_the_window_is_the_map():
+    """With K = H = W every query sees everything: plain attention with the bias laid out by relative position."""
+    attention = module(kernel_size=7)
+    x = torch.randn(1, 7, 7, 16)
+    query, key, value = attention.qkv(x).view(1, 49, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    position = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    relative = position[None] - position[:, None] + 6
+    bias = attention.rpb[:, relative[..., 0], relative[..., 1]]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    expected = attention.proj(out.transpose(1, 2).reshape(1, 7, 7, 16))
+    assert torch.allclose(attention(x), expected, atol=1e-5)
+
+
+def test_attention_maps():
+    attention = module(kernel_size=5, dilation=2)
+    x = torch.randn(2, 8, 13, 16)
+    out, maps = attention(x, return_attention=True)
+    assert maps.shape == (2, 8, 13, 2, 5, 5)
+    assert torch.allclose(maps.sum((-1, -2)), torch.ones(()), atol=1e-6)
+    assert torch.allclose(out, attention(x), atol=1e-5)
+
+
+def test_attention_dropout():
+    attention = module(attn_drop=0.5)
+    x = torch.randn(1, 9, 9, 16)
+    assert torch.equal(attention.eval()(x), attention(x))
+    attention.train()
+    assert not torch.allclose(attention(x), attention(x))
+    # unbiased: the mean over many draws is the output without dropout
+    mean = torch.stack([attention(x) for _ in range(200)]).mean(0)
+    assert (mean - attention.eval()(x)).abs().max() < 0.2
+
+
+def test_without_bias():
+    attention = module(rel_pos_bias=False)
+    assert "rpb" not in attention.state_dict()
+    with_zeros = module()
+    with_zeros.load_state_dict({**attention.state_dict(), "rpb": torch.zeros(2, 13, 13)})
+    x = torch.randn(1, 9, 9, 16)
+    assert torch.allclose(attention(x), with_zeros(x), atol=1e-6)
+
+
+def test_qk_scale():
+    attention, scaled = module(), module(qk_scale=0.1)
+    with torch.no_grad():  # the same product of query and key
+        attention.qkv.weight[:16] *= 0.1 / 8**-0.5
+        attention.qkv.bias[:16] *= 0.1 / 8**-0.5
+    x = torch.randn(1, 9, 9, 16)
+    assert torch.allclose(attention(x), scaled(x), atol=1e-5)
+
+
+def test_autocast_keeps_gradients_finite():
+    attention = module(dim=64)
+    x = torch.randn(1, 15, 17, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(x)
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
+    assert attention.rpb.grad.dtype == torch.float32
+    exact = attention(x)
+    assert (out - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(dim=16, num_heads=3), "dim=16 is not a multiple of num_heads=3"),
+        (dict(dim=16, num_heads=0), "num_heads=0"),
+        (dict(kernel_size=4), "kernel_size=4: expected an odd"),
+        (dict(dilation=0), "dilation=0: expected at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NeighborhoodAttention2D(**(dict(dim=16, num_heads=2, kernel_size=7) | arguments))

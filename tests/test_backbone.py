@@ -1,0 +1,234 @@
+"""The trunks against the original code's outputs and gradients (golden arrays), and their behaviour as backbones."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, fill_by_name, load_golden
+
+import dinat_backbones
+from dinat_backbones import NAT, DiNAT, DiNAT_s, zoo
+from dinat_backbones.ops import IMPLEMENTATIONS
+
+FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
+NETS = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
+SMALL = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.0)
+
+
+def golden_model(meta, **kwargs):
+    return fill_by_name(FAMILIES[meta["cls"]](**meta["kwargs"], **kwargs)).eval()
+
+
+def golden_input(meta):
+    return torch.randn(meta["shape"], generator=torch.Generator().manual_seed(meta["seed"]))
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+def test_golden(name, impl):
+    """Features, loss and gradients of the original code with natten 0.14.6, padded stages included."""
+    meta, arrays = load_golden(name)
+    model, x = golden_model(meta, impl=impl), golden_input(meta).requires_grad_()
+    outs = model(x)
+    loss = sum(out.square().mean() for out in outs)
+    loss.backward()
+    for i, out in enumerate(outs):
+        assert out.is_contiguous()
+        assert list(out.shape) == arrays[f"out{i}_shape"].tolist()
+        got = out.detach().flatten()[:: int(arrays[f"out{i}_step"])].numpy()
+        assert np.abs(got - arrays[f"out{i}"]).max() <= 1e-4
+    assert abs(loss.item() - arrays["loss"]) <= 1e-4
+    assert np.abs(x.grad.flatten()[:: int(arrays["grad_input_step"])].numpy() - arrays["grad_input"]).max() <= 1e-4
+    parameters = dict(model.named_parameters())
+    tables = [key.removeprefix("grad_") for key in arrays if key.endswith("rpb")]
+    assert sorted(tables) == sorted(n for n in parameters if n.endswith("rpb"))  # the published names
+    for table in tables:
+        assert np.abs(parameters[table].grad.numpy() - arrays[f"grad_{table}"]).max() <= 1e-4
+
+
+def published_state(family, embed_dim, depths, num_heads, mlp_ratio, layer_scale):
+    """Names and shapes of a published trunk, typed from the description of the release (facts, not our modules)."""
+    shapes = {}
+    conv = family != "DiNAT_s"
+    if conv:
+        shapes |= {"patch_embed.proj.0.weight": (embed_dim // 2, 3, 3, 3), "patch_embed.proj.0.bias": (embed_dim // 2,)}
+        shapes |= {
+            "patch_embed.proj.1.weight": (embed_dim, embed_dim // 2, 3, 3),
+            "patch_embed.proj.1.bias": (embed_dim,),
+        }
+    else:
+        shapes |= {"patch_embed.proj.weight": (embed_dim, 3, 4, 4), "patch_embed.proj.bias": (embed_dim,)}
+    norms = ["patch_embed.norm"]
+    widths = {"patch_embed.norm": embed_dim}
+    for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+        dim, stage = embed_dim * 2**i, f"{'levels' if conv else 'layers'}.{i}"
+        for j in range(depth):
+            block = f"{stage}.blocks.{j}"
+            for layer, (rows, columns) in {
+                "attn.qkv": (3 * dim, dim),
+                "attn.proj": (dim, dim),
+                "mlp.fc1": (int(dim * mlp_ratio), dim),
+                "mlp.fc2": (dim, int(dim * mlp_ratio)),
+            }.items():
+                shapes |= {f"{block}.{layer}.weight": (rows, columns), f"{block}.{layer}.bias": (rows,)}
+            shapes[f"{block}.attn.rpb"] = (heads, 13, 13)
+            if layer_scale is not None:
+                shapes |= {f"{block}.gamma1": (dim,), f"{block}.gamma2": (dim,)}
+            widths |= {f"{block}.norm1": dim, f"{block}.norm2": dim}
+        if i + 1 < len(depths):
+            down = f"{stage}.downsample"
+            shapes[f"{down}.reduction.weight"] = (2 * dim, dim, 3, 3) if conv else (2 * dim, 4 * dim)
+            widths[f"{down}.norm"] = 2 * dim if conv else 4 * dim
+        widths[f"norm{i}"] = dim
+    for norm in {*norms, *widths}:
+        shapes |= {f"{norm}.weight": (widths[norm],), f"{norm}.bias": (widths[norm],)}
+    return shapes
+
+
+@pytest.mark.parametrize("name", list(zoo.ARCHS))
+def test_published_names_and_shapes(name):
+    arch = zoo.ARCHS[name]
+    with torch.device("meta"):
+        model = FAMILIES[arch.family](arch=name)
+    got = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    values = (arch.embed_dim, arch.depths, arch.num_heads, arch.mlp_ratio, arch.layer_scale)
+    assert got == published_state(arch.family, *values)
+
+
+@pytest.mark.parametrize("row", [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values()], ids=lambda row: row.name)
+def test_arch_and_setting_equal_the_written_out_arguments(row):
+    """`arch=`, `dilations=` name the same trunk as the plain keyword arguments of the published config."""
+    with torch.device("meta"):
+        family = FAMILIES[zoo.ARCHS[row.arch].family]
+        named = family(arch=row.arch, dilations=row.dilations, drop_path_rate=row.drop_path_rate)
+        written = family(**zoo.backbone_kwargs(row))
+    assert named.dilations == written.dilations
+    assert str(named) == str(written)
+    assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in written.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 70), (5, 3), (33, 64), (50, 47)])
+def test_any_size(family, height, width):
+    model = FAMILIES[family](**SMALL, dilations=[[4], [1, 2]]).eval()
+    outs = model(torch.randn(2, 3, height, width))
+    assert model.out_channels == (16, 32)
+    assert model.out_strides == (4, 8)
+    for out, channels, stride in zip(outs, model.out_channels, model.out_strides, strict=True):
+        assert out.shape == (2, channels, -(-height // stride), -(-width // stride))
+        assert out.isfinite().all()
+
+
+def test_out_indices():
+    model = NAT(**SMALL, out_indices=[1]).eval()
+    assert "norm0.weight" not in model.state_dict()
+    (out,) = model(torch.randn(1, 3, 32, 32))
+    assert out.shape[1:] == (32, 4, 4)
+
+
+def test_memory_format_does_not_matter():
+    model, x = DiNAT(**SMALL).eval(), torch.randn(2, 3, 40, 50)
+    for a, b in zip(model(x), model(x.to(memory_format=torch.channels_last)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("frozen", [-1, 0, 1, 2])
+def test_freezing(family, frozen):
+    model = FAMILIES[family](**SMALL | dict(drop_path_rate=0.5), drop_rate=0.3, frozen_stages=frozen).train()
+    stage = "layers" if family == "DiNAT_s" else "levels"
+
+    def is_frozen(name):
+        if name.startswith("patch_embed"):
+            return frozen >= 0
+        index = int(name.removeprefix("norm").removeprefix(f"{stage}.")[0])
+        return index < frozen
+
+    out = model(torch.randn(1, 3, 32, 32))[-1].square().sum()
+    assert out.requires_grad == (frozen < 2)
+    if out.requires_grad:
+        out.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != is_frozen(name), name
+        assert (parameter.grad is None) or not is_frozen(name), name
+    stages = getattr(model, stage)
+    assert [s.training for s in stages] == [i >= frozen for i in range(2)]
+    assert model.patch_embed.training == (frozen < 0)
+    if frozen == 2:  # nothing random is left
+        x = torch.randn(1, 3, 32, 32)
+        assert torch.equal(model(x)[-1], model(x)[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_changes_nothing(family):
+    results = []
+    for with_cp in (False, True):
+        model = fill_by_name(FAMILIES[family](**SMALL, with_cp=with_cp)).train()
+        x = torch.randn(2, 3, 40, 36, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        sum(out.square().mean() for out in model(x)).backward()
+        results.append([x.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_stochastic_depth_rises_linearly():
+    model = DiNAT(**SMALL | dict(depths=[2, 3], drop_path_rate=0.4))
+    rates = [block.drop_path.p for level in model.levels for block in level.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_stochastic_depth_drops_samples_and_keeps_the_mean():
+    drop = dinat_backbones.backbone.DropPath(0.25).train()
+    out = drop(torch.ones(4000, 2, 3))
+    kept = out[:, 0, 0] != 0
+    assert torch.equal(out, kept[:, None, None] / 0.75 * torch.ones(4000, 2, 3))
+    assert abs(kept.float().mean() - 0.75) < 0.03
+
+
+def test_layer_scale():
+    with torch.device("meta"):
+        assert "levels.0.blocks.0.gamma1" in NAT(arch="nat_small").state_dict()
+        assert "levels.0.blocks.0.gamma1" not in DiNAT(arch="dinat_small").state_dict()
+    assert torch.equal(NAT(**SMALL, layer_scale=0.5).levels[0].blocks[0].gamma2, torch.full((16,), 0.5))
+
+
+def test_compile_fullgraph():
+    model, x = fill_by_name(DiNAT(**SMALL, dilations=[[2], [1, 2]])).eval(), torch.randn(1, 3, 33, 40)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(x), model(x), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_bfloat16_autocast():
+    model, x = fill_by_name(DiNAT(**SMALL, dilations=[[4], [1, 2]])).train(), torch.randn(2, 3, 64, 65)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = model(x)
+    sum(out.float().square().mean() for out in outs).backward()
+    for out, exact in zip(outs, model(x), strict=True):
+        assert (out - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "family, arguments, message",
+    [
+        (DiNAT, dict(arch="dinat_huge"), "'dinat_huge'.*dinat_large"),
+        (DiNAT, dict(arch="nat_mini"), r"'nat_mini' belongs to NAT, not to DiNAT; use NAT\(arch='nat_mini'\)"),
+        (NAT, {}, "NAT needs embed_dim=... or arch=..., one of .*nat_mini"),
+        (DiNAT, dict(arch="dinat_mini", dilations="cocoa"), "'cocoa'.*coco"),
+        (DiNAT, dict(**SMALL, dilations="coco"), "needs arch="),
+        (
+            DiNAT,
+            dict(**SMALL, dilations=[[1], [1]]),
+            r"\[1, 1\] entries per stage; expected one per block, depths=\[1, 2\]",
+        ),
+        (DiNAT, dict(**SMALL, dilations=[[1]]), "entries per stage"),
+        (DiNAT, dict(**SMALL | dict(num_heads=[1, 3])), "dim=32 is not a multiple of num_heads=3"),
+        (DiNAT, dict(**SMALL | dict(num_heads=[1])), r"num_heads=\[1\] and depths=\[1, 2\]"),
+        (DiNAT, dict(**SMALL | dict(kernel_size=6)), "kernel_size=6"),
+        (DiNAT, dict(**SMALL, out_indices=[2]), r"out_indices=\[2\]: expected stages 0 to 1"),
+        (DiNAT, dict(**SMALL, frozen_stages=3), "frozen_stages=3"),
+    ],
+)
+def test_bad_arguments(family, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        family(**arguments)
