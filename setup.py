@@ -4,6 +4,7 @@ The kernel is a plain shared library with a C interface: it needs a C++17 compil
 Python headers, so one build serves every torch and Python version. Without a compiler the installation goes on.
 """
 
+import glob
 import platform
 
 from setuptools import Extension, find_packages, setup
@@ -67,7 +68,7 @@ setup(
         Extension(
             "dinat_backbones.ops._na2d",
             sources=[f"{CSRC}/na2d.cpp", f"{CSRC}/kernel.cpp"],
-            depends=[f"{CSRC}/na2d.h"],
+            depends=sorted(glob.glob(f"{CSRC}/*.h")),
             optional=True,
         )
     ],

@@ -174,6 +174,27 @@ def test_head_dims_and_large_kernels(dim, kernel_size, dilation):
         assert worst(run(singles, table, grad, impl=impl, **settings), truth) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(name):
+    best = cpu.instruction_set()
+    if cpu._library.na2d_use_instruction_set(name.encode()):
+        pytest.skip(f"this machine or build has no {name}")
+    try:
+        assert cpu.instruction_set() == name
+        for index in range(2000, 2040):
+            case = sample(index)
+            tensors, rpb, grad_out = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], seed=index)
+            settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
+            truth = run(tensors, rpb, grad_out, impl="reference", **settings)
+            for dtype, bar in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
+                *converted, table, grad = to_dtype([*tensors, rpb, grad_out], dtype)
+                got = run(converted, table, grad, impl="cpu", **settings)
+                for a, b in zip(got, truth, strict=True):
+                    assert (a - b).abs().max() <= bar * max(1.0, b.abs().max().item()), case
+    finally:
+        cpu._library.na2d_use_instruction_set(best.encode())
+
+
 @pytest.mark.parametrize(
     "height, width, heads, dim, kernel_size, dilation", [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12)]
 )

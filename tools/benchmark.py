@@ -4,14 +4,15 @@
     python tools/benchmark.py op|backbone|train-step|memory|growth|bf16|all [--quick] [--threads N] [--out FILE]
 
 Results are compared first (parity) and nothing is timed if they differ. Competitors run in the same process and take
-turns with ours; the figures are medians over the rounds. The rows against natten 0.14.6, the last one that ran on the CPU
-with a relative positional bias, need the classic environment (`make bench-classic`). Give the machine nothing else to do.
+turns with ours; the figures are medians over the rounds. The rows against natten 0.14.6, which has a bias table and
+runs on the CPU, need the classic environment (`make bench-classic`). Give the machine nothing else to do.
 
 A suite is a function from `Bench` to a list of `Row`; add it to `SUITES` with the parity checks it stands on.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -78,7 +79,7 @@ class Bar(NamedTuple):
 
 @dataclass
 class Row:
-    """One line of the table. The bar judges `ratio` or, where there is none, `ours`; without a figure there is a `note`."""
+    """One line of the table. The bar judges `ratio` or, without one, `ours`; where both are missing `note` says why."""
 
     name: str
     ours: float | None = None
@@ -106,7 +107,7 @@ class Bench:
         print(f"[{time.perf_counter() - self._start:6.1f} s] {text}", flush=True)
 
     def times(self, what: str, calls: dict[str, Callable]) -> dict[str, float]:
-        """Median milliseconds of each call. The calls take turns, so that a slow spell of the machine hits all of them."""
+        """Median milliseconds of each call. They take turns, so that a slow spell of the machine hits all of them."""
         repeats = {}
         for name, call in calls.items():
             call()
@@ -176,6 +177,12 @@ class OpInputs:
         return out.detach(), *torch.autograd.grad(out, (*self.qkv, self.rpb), self.grad_out)
 
 
+def op_call(inputs: OpInputs, function: Callable, backward: bool) -> Callable:
+    if backward:
+        return lambda: inputs.gradients(function)
+    return inference(function, *inputs.qkv, inputs.rpb)
+
+
 def op(dilation: int, impl: str = "cpu") -> Callable:
     def call(query, key, value, rpb):
         return neighborhood_attention_2d(query, key, value, rpb, kernel_size=KERNEL, dilation=dilation, impl=impl)
@@ -227,30 +234,22 @@ def parity_op(bench: Bench) -> None:
 
 
 def op_rows(bench: Bench) -> list[Row]:
-    rows = []
-    inputs, height, width = OpInputs(bench.sizes.map), *bench.sizes.map
+    inputs, (height, width) = OpInputs(bench.sizes.map), bench.sizes.map
     theirs = natten_inputs(inputs)
-    for dilation in bench.sizes.dilations:
-        bars = {f"op forward d={dilation}": Bar(">=", 15), f"op forward+backward d={dilation}": Bar(">=", 6)}
-        if not natten2dav:
-            rows += [Row(name, against=NATTEN, bar=bar, note=NEEDS_NATTEN) for name, bar in bars.items()]
-            continue
-        calls = {
-            f"op forward d={dilation}": (
-                inference(op(dilation), *inputs.qkv, inputs.rpb),
-                inference(natten_op(dilation), *theirs.qkv, theirs.rpb),
-            ),
-            f"op forward+backward d={dilation}": (
-                lambda d=dilation: inputs.gradients(op(d)),
-                lambda d=dilation: theirs.gradients(natten_op(d)),
-            ),
-        }
-        rows += [bench.speedup(name, calls[name][0], NATTEN, calls[name][1], bar) for name, bar in bars.items()]
+    rows = []
+    for d, backward in itertools.product(bench.sizes.dilations, (False, True)):
+        name, bar = f"op forward{'+backward' * backward} d={d}", Bar(">=", 6 if backward else 15)
+        calls = op_call(inputs, op(d), backward), op_call(theirs, natten_op(d), backward)
+        rows.append(
+            bench.speedup(name, calls[0], NATTEN, calls[1], bar)
+            if natten2dav
+            else Row(name, against=NATTEN, bar=bar, note=NEEDS_NATTEN)
+        )
 
     near, far = bench.sizes.dilations
     qkv = nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM)
     square = torch.randn(2048, 2048)
-    calls = {f"d={d}": inference(op(d), *inputs.qkv, inputs.rpb) for d in (near, far)}
+    calls = {f"d={d}": op_call(inputs, op(d), False) for d in (near, far)}
     calls["qkv Linear"] = inference(qkv, torch.randn(1, height, width, HEADS * HEAD_DIM))
     calls["2048^3 mm"] = inference(torch.mm, square, square)
     times = bench.times("op forward", calls)
@@ -264,9 +263,9 @@ def op_rows(bench: Bench) -> list[Row]:
     rows += [
         bench.speedup(
             f"tiled forward d={d}",
-            inference(op(d, "tiled"), *inputs.qkv, inputs.rpb),
+            op_call(inputs, op(d, "tiled"), False),
             "reference",
-            inference(op(d, "reference"), *inputs.qkv, inputs.rpb),
+            op_call(inputs, op(d, "reference"), False),
             Bar(">=", 10),
         )
         for d in (near, far)
@@ -279,15 +278,10 @@ def growth_rows(bench: Bench) -> list[Row]:
     height, width = bench.sizes.map
     small, large = OpInputs((height, width)), OpInputs((2 * height, 2 * width))
     rows = []
+    names = f"d={near}", f"d={far}", f"4x tokens, d={near}"
     for label, backward in (("forward", False), ("forward+backward", True)):
-
-        def call(inputs, d, backward=backward):
-            return (lambda: inputs.gradients(op(d))) if backward else inference(op(d), *inputs.qkv, inputs.rpb)
-
-        names = f"d={near}", f"d={far}", f"4x tokens, d={near}"
-        times = bench.times(
-            f"op {label}", dict(zip(names, (call(small, near), call(small, far), call(large, near)), strict=True))
-        )
+        calls = (op_call(x, op(d), backward) for x, d in ((small, near), (small, far), (large, near)))
+        times = bench.times(f"op {label}", dict(zip(names, calls, strict=True)))
         # the bars speak of the forward pass
         bars = (None, None) if backward else (Bar("<=", 1.25), Bar("<=", 4.6))
         for name, bar in zip(names[1:], bars, strict=True):
@@ -320,22 +314,21 @@ def extra_memory(impl: str, size: tuple[int, int], dilation: int, backward: bool
 
 def memory_rows(bench: Bench) -> list[Row]:
     height, width = bench.sizes.map
+    cases = [("cpu", (height, width), 16), ("cpu", (2 * height, 2 * width), 16), ("tiled", (height, width), 200)]
     rows = []
-    for impl, sizes, limit in (("cpu", [(height, width), (2 * height, 2 * width)], 16), ("tiled", [(height, width)], 200)):
-        for size in sizes:
-            for label, backward in (("forward", False), ("forward+backward", True)):
-                row = Row(f"{impl} {label} {size[0]}x{size[1]}, extra memory", bar=Bar("<=", limit), unit="MB")
-                rows.append(row)
-                if not os.access("/proc/self/clear_refs", os.W_OK):
-                    row.note = "needs Linux with a writable /proc/self/clear_refs"
-                    continue
-                extras = []
-                for dilation in bench.sizes.dilations:
-                    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                        job = fresh.submit(extra_memory, impl, size, dilation, backward, bench.threads)
-                        extras.append(job.result())
-                row.ours = max(extras)
-                bench.say(f"{row.name}: " + ", ".join(f"{extra:.1f} MB" for extra in extras))
+    for (impl, size, limit), backward in itertools.product(cases, (False, True)):
+        label = "forward+backward" if backward else "forward"
+        row = Row(f"{impl} {label} {size[0]}x{size[1]}, extra memory", bar=Bar("<=", limit), unit="MB")
+        rows.append(row)
+        if not os.access("/proc/self/clear_refs", os.W_OK):
+            row.note = "needs Linux with a writable /proc/self/clear_refs"
+            continue
+        extras = []
+        for dilation in bench.sizes.dilations:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                extras.append(fresh.submit(extra_memory, impl, size, dilation, backward, bench.threads).result())
+        row.ours = max(extras)
+        bench.say(f"{row.name}: " + ", ".join(f"{extra:.1f} MB" for extra in extras))
     return rows
 
 

@@ -9,9 +9,12 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-TILE = 8  # queries per tile along an axis; wider tiles attend to more keys in vain, narrower ones make small products
+TILE = (
+    8  # most queries per tile along an axis; wider tiles attend to more keys in vain, narrower ones multiply slowly
+)
 CHUNK_ELEMENTS = 1 << 21  # logits in flight: 8 MiB in float32, and about three times that with what softmax needs
 
 
@@ -21,81 +24,99 @@ def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[st
 
 
 class _Axis(NamedTuple):
-    """How one axis of `length` positions is cut; all int64 tensors."""
+    """How one axis of `length` positions is cut; int64 tensors."""
 
-    queries: torch.Tensor  # [tiles, TILE] index on the axis; slots past the end of a class repeat its last position
-    keys: torch.Tensor  # [tiles, TILE + K - 1] index on the axis; slots past the end repeat likewise
-    bias: torch.Tensor  # [tiles, TILE, TILE + K - 1] bias index 0..2K-2, or 2K-1 where the key is not in the window
-    slot: torch.Tensor  # [length] where each position's result is, counted in slots of `queries`
+    queries: torch.Tensor  # [tiles, size] index on the axis; slots past the end of a class repeat its last position
+    keys: torch.Tensor  # [tiles, reach] index on the axis; slots past the end repeat likewise
+    kind: torch.Tensor  # [tiles] tiles of one kind have the same windows; most are far from any border and of kind 0
+    bias: torch.Tensor  # [kinds, size, reach] bias index 0..2K-2, or 2K-1 where the key is not in the window
+    tile: torch.Tensor  # [length] the tile each position is in
+    place: torch.Tensor  # [length] and where in it
 
 
 def _cut(length: int, kernel_size: int, dilation: int, device: torch.device) -> _Axis:
-    longest = (length + dilation - 1) // dilation
-    per_class = (longest + TILE - 1) // TILE
-    residue = torch.arange(dilation, device=device).repeat_interleave(per_class)[:, None]
-    first = (torch.arange(per_class, device=device) * TILE).repeat(dilation)[:, None]
-    class_length = (length - residue + dilation - 1) // dilation
+    longest = -(-length // dilation)
+    per_class = -(-longest // TILE)
+    size = -(-longest // per_class)  # of equal tiles
+    reach = min(size + kernel_size - 1, longest)
+    kinds: dict[tuple[int, int], int] = {}
+    first, class_length, kind = [], [], []
+    for residue in range(dilation):
+        for position in range(0, per_class * size, size):
+            here = -(-(length - residue) // dilation)
+            inner = position >= kernel_size // 2 and position + size + kernel_size // 2 <= here
+            kind.append(kinds.setdefault((0, 0) if inner else (position, here), len(kinds)))
+            first.append(min(position, here - 1))
+            class_length.append(here)
+    ends = torch.tensor(class_length, device=device)[:, None]
+    start_of_tile = torch.tensor(first, device=device)[:, None]
 
-    def start(position):
-        return torch.minimum((position - kernel_size // 2).clamp(min=0), class_length - kernel_size)
+    def window(position):
+        return torch.minimum((position - kernel_size // 2).clamp(min=0), ends - kernel_size)
 
-    position = torch.minimum(first + torch.arange(TILE, device=device), class_length - 1)
-    key = start(torch.minimum(first, class_length - 1)) + torch.arange(TILE + kernel_size - 1, device=device)
-    window = start(position)[:, :, None]
-    inside = (key[:, None, :] >= window) & (key[:, None, :] < window + kernel_size) & (key < class_length)[:, None, :]
-    bias = key[:, None, :] - position[:, :, None] + kernel_size - 1
+    position = torch.minimum(start_of_tile + torch.arange(size, device=device), ends - 1)
+    key = window(start_of_tile) + torch.arange(reach, device=device)
+    start = window(position)[:, :, None]
+    inside = (key[:, None, :] >= start) & (key[:, None, :] < start + kernel_size)
+    bias = torch.where(inside, key[:, None, :] - position[:, :, None] + kernel_size - 1, 2 * kernel_size - 1)
+    example = torch.tensor([kind.index(k) for k in range(len(kinds))], device=device)
+    residue = (torch.arange(dilation, device=device).repeat_interleave(per_class))[:, None]
     index = torch.arange(length, device=device)
-    slot = (index % dilation) * per_class * TILE + index // dilation
     return _Axis(
-        position * dilation + residue,
-        torch.minimum(key, class_length - 1) * dilation + residue,
-        torch.where(inside, bias, 2 * kernel_size - 1),
-        slot,
+        queries=position * dilation + residue,
+        keys=torch.minimum(key, ends - 1) * dilation + residue,
+        kind=torch.tensor(kind, device=device),
+        bias=bias[example],
+        tile=index % dilation * per_class + index // dilation // size,
+        place=index // dilation % size,
     )
 
 
-def _chunk(query, key, value, bias_table, rows: _Axis, columns: _Axis):
-    """One chunk of row tiles: ``[B, tiles, TILE, column tiles, TILE, heads, head_dim]``."""
-    batch, heads, dim = query.shape[0], query.shape[3], query.shape[4]
-    row_tiles, column_tiles = len(rows.queries), len(columns.queries)
+def _chunk(query, key, value, bias, rows: _Axis, columns: _Axis, width: int):
+    """One chunk of row tiles: ``[B, heads, row tiles * column tiles * queries of a tile, head_dim]``.
 
-    def tiles(source, row_index, column_index):  # -> [B, row tiles, column tiles, heads, pixels of a tile, head_dim]
-        out = source.index_select(1, row_index.flatten()).index_select(2, column_index.flatten())
-        out = out.view(batch, row_tiles, row_index.shape[1], column_tiles, column_index.shape[1], heads, dim)
-        return out.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+    `query`, `key`, `value` are ``[B, heads, H * W, head_dim]``, `bias` is ``[heads, row kinds, column kinds, queries of
+    a tile, keys of a tile]``.
+    """
+    batch, heads, _, dim = query.shape
+    tiles = len(rows.kind) * len(columns.kind)
 
-    accumulate = bias_table.dtype
-    logits = tiles(query, rows.queries, columns.queries) @ tiles(key, rows.keys, columns.keys).transpose(-1, -2)
-    # the table by rows, then by columns: [heads, row tiles, TILE, span, column tiles, TILE, span]
-    bias = bias_table.index_select(1, rows.bias.flatten()).index_select(2, columns.bias.flatten())
-    bias = bias.view(heads, row_tiles, TILE, -1, column_tiles, TILE, columns.bias.shape[2])
-    bias = bias.permute(1, 4, 0, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)
-    weights = (logits.to(accumulate) + bias).softmax(-1).to(value.dtype)
-    out = weights @ tiles(value, rows.keys, columns.keys)
-    out = out.view(batch, row_tiles, column_tiles, heads, TILE, TILE, dim)
-    return out.permute(0, 1, 4, 2, 5, 3, 6)
+    def gather(source, row_index, column_index):
+        index = row_index[:, None, :, None] * width + column_index[None, :, None, :]
+        return source.index_select(2, index.flatten()).view(batch, heads, tiles, -1, dim)
+
+    kinds = (rows.kind[:, None] * bias.shape[2] + columns.kind).flatten()
+    bias = bias.flatten(1, 2).index_select(1, kinds)
+    logits = gather(query, rows.queries, columns.queries) @ gather(key, rows.keys, columns.keys).transpose(-1, -2)
+    weights = (logits.to(bias.dtype) + bias).softmax(-1).to(value.dtype)
+    return (weights @ gather(value, rows.keys, columns.keys)).flatten(2, 3)
 
 
 def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Tensor:
     """See `neighborhood_attention_2d`."""
-    batch, height, width, heads, _ = query.shape
+    batch, height, width, heads, dim = query.shape
     rows = _cut(height, kernel_size, dilation, query.device)
     columns = _cut(width, kernel_size, dilation, query.device)
     span = 2 * kernel_size - 1
     accumulate = torch.promote_types(query.dtype, torch.float32)
     table = query.new_zeros(heads, span, span, dtype=accumulate) if rpb is None else rpb.to(accumulate)
-    table = torch.nn.functional.pad(table, (0, 1, 0, 1), value=-math.inf)  # index 2K-1: not in the window
+    table = F.pad(table, (0, 1, 0, 1), value=-math.inf)  # index 2K-1: not in the window
+    # [heads, row kinds, column kinds, query rows, query columns, key rows, key columns]
+    bias = table[:, rows.bias[:, None, :, None, :, None], columns.bias[None, :, None, :, None, :]]
+    bias = bias.flatten(3, 4).flatten(4, 5)
 
-    per_row_tile = batch * heads * columns.bias.numel() * rows.bias[0].numel()
+    query, key, value = ((t.permute(0, 3, 1, 2, 4).flatten(2, 3)).contiguous() for t in (query * scale, key, value))
+    per_row_tile = batch * heads * len(columns.kind) * bias[0, 0, 0].numel()
     step = max(1, CHUNK_ELEMENTS // max(1, per_row_tile))
     parts = []
-    query = query * scale
-    for at in range(0, len(rows.queries), step):
-        part = _Axis(*(index[at : at + step] for index in rows))
-        arguments = (query, key, value, table, part, columns)
-        if torch.is_grad_enabled() and len(rows.queries) > step:
+    for at in range(0, len(rows.kind), step):
+        part = rows._replace(**{name: getattr(rows, name)[at : at + step] for name in ("queries", "keys", "kind")})
+        arguments = (query, key, value, bias, part, columns, width)
+        if torch.is_grad_enabled() and len(rows.kind) > step:
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             parts.append(_chunk(*arguments))
-    out = torch.cat(parts, 1).flatten(1, 2).flatten(2, 3)
-    return out.index_select(1, rows.slot).index_select(2, columns.slot)
+    tile = rows.tile[:, None] * len(columns.kind) + columns.tile
+    slot = (tile * rows.queries.shape[1] + rows.place[:, None]) * columns.queries.shape[1] + columns.place
+    out = torch.cat(parts, 2).index_select(2, slot.flatten())
+    return out.view(batch, heads, height, width, dim).permute(0, 2, 3, 1, 4).contiguous()

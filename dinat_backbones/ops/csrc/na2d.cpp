@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
@@ -20,21 +21,23 @@ namespace {
 constexpr size_t kHugePage = 2 << 20;
 constexpr int64_t kAlign = 16;  // columns of an item start at multiples of the widest vector
 
-const Kernels& pick() {
+// What the machine supports, best first.
+std::vector<const Kernels*> supported() {
+  std::vector<const Kernels*> found;
 #ifdef NA2D_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+    found.push_back(&avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
 #endif
-  return baseline;
+  found.push_back(&baseline);
+  return found;
 }
 
-const Kernels& best() {
-  static const Kernels& kernels = pick();
-  return kernels;
-}
+std::atomic<const Kernels*> chosen{supported().front()};
+
+const Kernels& kernels() { return *chosen; }
 
 // Per-thread memory that outlives a call, so that a network's many calls don't pay for fresh pages each time. The kernels
 // jump between hundreds of its rows: on small pages the address translations would not fit their cache.
@@ -120,9 +123,9 @@ struct Job {
     const int64_t table = (2 * problem.kernel - 1) * (2 * problem.kernel - 1);
     for (size_t i = next++; i < items.size(); i = next++)
       if (grad_rpb)
-        best().backward(problem, columns, items[i], scratch, grad_rpb + i * table);
+        kernels().backward(problem, columns, items[i], scratch, grad_rpb + i * table);
       else
-        best().forward(problem, columns, items[i], scratch);
+        kernels().forward(problem, columns, items[i], scratch);
   }
 };
 
@@ -150,9 +153,9 @@ constexpr int64_t kForwardBytes = 2 << 20, kBackwardBytes = 4 << 20;
 extern "C" int na2d_forward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
-  const int64_t width = strip_width(*p, best().forward_floats, kForwardBytes);
+  const int64_t width = strip_width(*p, kernels().forward_floats, kForwardBytes);
   const auto items = cut(*p, width, 2 * p->kernel);
-  Job job{*p, geometry.columns(), items, size_t(best().forward_floats(*p, width)), nullptr};
+  Job job{*p, geometry.columns(), items, size_t(kernels().forward_floats(*p, width)), nullptr};
   return run(job);
 } catch (const std::exception&) {
   return 1;
@@ -161,11 +164,11 @@ extern "C" int na2d_forward(const Na2dProblem* p) try {
 extern "C" int na2d_backward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
-  const int64_t width = strip_width(*p, best().backward_floats, kBackwardBytes);
+  const int64_t width = strip_width(*p, kernels().backward_floats, kBackwardBytes);
   const auto items = cut(*p, width, 4 * p->kernel);
   const int64_t table = (2 * p->kernel - 1) * (2 * p->kernel - 1);
   std::vector<float> partial(items.size() * table);
-  Job job{*p, geometry.columns(), items, size_t(best().backward_floats(*p, width)), partial.data()};
+  Job job{*p, geometry.columns(), items, size_t(kernels().backward_floats(*p, width)), partial.data()};
   const int status = run(job);
   if (p->grad_rpb) {  // in the order of the items, whatever thread did them: deterministic
     std::fill_n(p->grad_rpb, p->heads * table, 0.f);
@@ -177,4 +180,14 @@ extern "C" int na2d_backward(const Na2dProblem* p) try {
   return 1;
 }
 
-extern "C" const char* na2d_instruction_set() { return na2d::best().name; }
+extern "C" const char* na2d_instruction_set() { return na2d::kernels().name; }
+
+extern "C" int na2d_use_instruction_set(const char* name) {
+  for (const na2d::Kernels* candidate : na2d::supported())
+    if (!std::strcmp(candidate->name, name)) {
+      na2d::chosen = candidate;
+      return 0;
+    }
+  return 1;
+}
+

@@ -32,8 +32,10 @@ struct Na2dProblem {
 // 0 on success, 1 when memory ran out.
 int na2d_forward(const Na2dProblem* problem);
 int na2d_backward(const Na2dProblem* problem);
-// "avx512", "avx2" or "baseline": what this machine runs.
+// "avx512", "avx2" or "baseline": what calls run with, the best of the machine unless said otherwise.
 const char* na2d_instruction_set();
+// From now on run with that one (for tests). 0 on success, 1 where this machine or build does not have it.
+int na2d_use_instruction_set(const char* name);
 }
 #pragma GCC visibility pop
 
