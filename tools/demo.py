@@ -151,7 +151,7 @@ def draw(predictions: list[dict], path: Path, metrics: dict[str, float]) -> None
 
     truth = json.loads((DATA / "annotations" / "instances_val.json").read_text())
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    colours = dict(zip(names, plt.get_cmap("Set1").colors, strict=False))
+    colours = dict(zip(names, plt.get_cmap("Dark2").colors, strict=False))
     ids = list(names)
     annotations = collections.defaultdict(list)
     for annotation in truth["annotations"]:
@@ -201,14 +201,16 @@ def _draw_instances(axis, pixels: np.ndarray, instances: list, names: dict, colo
     for category, (x1, y1, x2, y2), rle, score in instances:
         mask, colour = coco_mask.decode(rle), colours[category]
         overlay = np.zeros((*mask.shape, 4))
-        overlay[mask > 0] = (*colour, 0.45)
+        overlay[mask > 0] = (*colour, 0.4)
         axis.imshow(overlay, interpolation="nearest")
         bounds = (-1, mask.shape[1], -1, mask.shape[0])  # closes the outline of a mask that touches the border
         axis.contour(np.pad(mask, 1), [0.5], colors=["white"], linewidths=1, extent=bounds)
         axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         label = names[category] if score is None else f"{names[category]} {score:.2f}"
         plate = dict(facecolor=colour, edgecolor="none", pad=1, alpha=0.85)
-        axis.text(x1, max(y1 - 1.5, 6), label, fontsize=9, color="white", va="bottom", clip_on=True, bbox=plate)
+        # labels grow inwards at the right border
+        x, side = (x1, "left") if x1 < 0.7 * mask.shape[1] else (x2, "right")
+        axis.text(x, max(y1 - 1.5, 6), label, fontsize=9, color="white", ha=side, va="bottom", clip_on=True, bbox=plate)
     axis.set(xlim=(-0.5, pixels.shape[1] - 0.5), ylim=(pixels.shape[0] - 0.5, -0.5))
 
 

@@ -12,9 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-TILE = (
-    8  # most queries per tile along an axis; wider tiles attend to more keys in vain, narrower ones multiply slowly
-)
+TILE = 8  # most queries per tile along an axis; wider ones see more keys in vain, narrower ones multiply slowly
 CHUNK_ELEMENTS = 1 << 21  # logits in flight: 8 MiB in float32, and about three times that with what softmax needs
 
 
@@ -83,7 +81,7 @@ def _chunk(query, key, value, bias, rows: _Axis, columns: _Axis, width: int):
 
     def gather(source, row_index, column_index):
         index = row_index[:, None, :, None] * width + column_index[None, :, None, :]
-        return source.index_select(2, index.flatten()).view(batch, heads, tiles, -1, dim)
+        return source.index_select(2, index.flatten()).view(batch, heads, tiles, index[0, 0].numel(), dim)
 
     kinds = (rows.kind[:, None] * bias.shape[2] + columns.kind).flatten()
     bias = bias.flatten(1, 2).index_select(1, kinds)

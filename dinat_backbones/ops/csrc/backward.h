@@ -99,15 +99,12 @@ struct Backward {
   // target[key row][dim][column] += sum over the queries of the tile that attend to the key of weight * source: the
   // transpose of Tile::combine, gathering over shifted weights and sources.
   void scatter(const float* weights, const float* source, float* target) const {
-    if (tile.near())
-      for (int64_t v = 0; v < own_vectors; ++v)
-        for (int64_t d = 0; d < dims; d += kDims)
-          for_sources([&](int64_t r, int64_t k, int64_t count) { scatter_of(weights, source, target, v, d, r, k, count); });
-    else
+    tile.for_groups(0, own_vectors, [&](int64_t v_first, int64_t v_last) {
       for_sources([&](int64_t r, int64_t k, int64_t count) {
-        for (int64_t v = 0; v < own_vectors; ++v)
-          for (int64_t d = 0; d < dims; d += kDims) scatter_of(weights, source, target, v, d, r, k, count);
+        for (int64_t d = 0; d < dims; d += kDims)
+          for (int64_t v = v_first; v < v_last; ++v) scatter_of(weights, source, target, v, d, r, k, count);
       });
+    });
   }
 
   // Calls body(tile row, first of some owned key rows in its window, their number).

@@ -39,6 +39,23 @@ std::atomic<const Kernels*> chosen{supported().front()};
 
 const Kernels& kernels() { return *chosen; }
 
+// Fresh memory is handed over page by page as it is first written; for large results that costs as much as computing them,
+// unless the pages are large.
+void advise_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void advise_large_pages(const Na2dProblem& p, const Na2dView& view) {
+  const int64_t sizes[5] = {p.batch, p.height, p.width, p.heads, p.dim};
+  int64_t last = 0;
+  for (int i = 0; i < 5; ++i) last += (sizes[i] - 1) * view.stride[i];
+  advise_large_pages(view.data, (last + 1) * (p.bf16 ? 2 : 4));
+}
+
 // Per-thread memory that outlives a call, so that a network's many calls don't pay for fresh pages each time. The kernels
 // jump between hundreds of its rows: on small pages the address translations would not fit their cache.
 struct Arena {
@@ -51,9 +68,7 @@ struct Arena {
       const size_t bytes = (wanted * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
       data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
       floats = data ? wanted : 0;
-#ifdef MADV_HUGEPAGE
-      if (data) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+      if (data) advise_large_pages(data, bytes);
     }
     return data;
   }
@@ -153,6 +168,7 @@ constexpr int64_t kForwardBytes = 2 << 20, kBackwardBytes = 4 << 20;
 extern "C" int na2d_forward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
+  advise_large_pages(*p, p->out);
   const int64_t width = strip_width(*p, kernels().forward_floats, kForwardBytes);
   const auto items = cut(*p, width, 2 * p->kernel);
   Job job{*p, geometry.columns(), items, size_t(kernels().forward_floats(*p, width)), nullptr};
@@ -164,6 +180,7 @@ extern "C" int na2d_forward(const Na2dProblem* p) try {
 extern "C" int na2d_backward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
+  for (const Na2dView* view : {&p->grad_query, &p->grad_key, &p->grad_value}) advise_large_pages(*p, *view);
   const int64_t width = strip_width(*p, kernels().backward_floats, kBackwardBytes);
   const auto items = cut(*p, width, 4 * p->kernel);
   const int64_t table = (2 * p->kernel - 1) * (2 * p->kernel - 1);

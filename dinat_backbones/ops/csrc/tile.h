@@ -112,19 +112,23 @@ struct Tile {
     }
   }
 
-  // What to hold in L1: near neighbors share cache lines, so one vector of queries can visit all its key rows; far ones
-  // are met again only by the next vectors of queries, so a key row stays until all of those have visited it.
-  bool near() const { return (K - 1) * p.dilation <= 2 * L; }
+  // How many vectors of queries visit a key row before the next row comes up. What they share should stay in L1: near
+  // neighbors are shared by the next few vectors, whose sums then stay, too; far ones by all vectors of the row.
+  int64_t group() const { return (K - 1) * p.dilation <= 2 * L ? kGroup : vectors; }
+
+  // Calls body(first, last) for groups of the vectors [from, to).
+  template <class Body>
+  void for_groups(int64_t from, int64_t to, Body body) const {
+    for (int64_t v = from; v < to; v += group()) body(v, std::min(v + group(), to));
+  }
 
   // out[r][window row][delta][column] = <a row r, b row k>; b lies in the ring like keys and values.
   void product(const float* a, const float* b, float* out) const {
-    if (near())
-      for (int64_t v = 0; v < vectors; ++v)
-        for_key_rows([&](int64_t k, int64_t first, int64_t count) { product_of(a, b, out, v, k, first, count); });
-    else
+    for_groups(0, vectors, [&](int64_t v_first, int64_t v_last) {
       for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-        for (int64_t v = 0; v < vectors; ++v) product_of(a, b, out, v, k, first, count);
+        for (int64_t v = v_first; v < v_last; ++v) product_of(a, b, out, v, k, first, count);
       });
+    });
   }
 
   void product_of(const float* a, const float* b, float* out, int64_t v, int64_t k, int64_t first, int64_t count) const {
@@ -193,15 +197,12 @@ struct Tile {
   // out[r][dim][column] += sum over the window of weights (laid out like logits) * b (in the ring), for the vectors
   // [from, to).
   void combine(const float* weights, const float* b, float* out, int64_t from, int64_t to) const {
-    if (near())
-      for (int64_t v = from; v < to; ++v)
-        for (int64_t d = 0; d < dims; d += kDims)
-          for_key_rows([&](int64_t k, int64_t first, int64_t count) { combine_of(weights, b, out, v, d, k, first, count); });
-    else
+    for_groups(from, to, [&](int64_t v_first, int64_t v_last) {
       for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-        for (int64_t v = from; v < to; ++v)
-          for (int64_t d = 0; d < dims; d += kDims) combine_of(weights, b, out, v, d, k, first, count);
+        for (int64_t d = 0; d < dims; d += kDims)
+          for (int64_t v = v_first; v < v_last; ++v) combine_of(weights, b, out, v, d, k, first, count);
       });
+    });
   }
 
   void combine_of(const float* weights, const float* b, float* out, int64_t v, int64_t d, int64_t k, int64_t first,

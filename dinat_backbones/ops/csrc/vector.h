@@ -10,6 +10,7 @@ constexpr int kRows = 3;                        // query rows per tile
 constexpr int kDeltas = L == 16 ? 7 : 4;        // accumulators kRows * kDeltas, or kRows * kDims, must fit the registers
 constexpr int kDims = L == 16 ? 8 : 4;
 constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
+constexpr int kGroup = 4;                       // vectors of near neighbors that visit a key row together
 constexpr int kPrefetch = 16;                   // columns ahead
 constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
 
