@@ -27,9 +27,9 @@ from pycocotools import mask as coco_mask
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 FORMAT = 1  # raise it when the same arguments give other data
 OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
-MIN_VISIBLE_FRACTION = 0.4  # a shape hidden further than that is left out of the scene
+MIN_VISIBLE_FRACTION = 0.5  # a shape hidden further than that is left out of the scene
 MIN_VISIBLE_PIXELS = 30
-MIN_CONTRAST = 70.0  # between a shape's mean colour and what it is painted on, as a distance in RGB (0 to 441)
+MIN_CONTRAST = 80.0  # between a shape's mean colour and what it is painted on, as a distance in RGB (0 to 441)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
-    """Draw one scene of up to 7 shapes, from about a sixth to half of `size` (pixels) across."""
+    """Draw one scene of up to 7 shapes, from a fifth to half of `size` (pixels) across."""
     outlines = []
     for _ in range(rng.integers(3, 8)):
         kind = int(rng.integers(len(CLASSES)))
-        radius = size * np.exp(rng.uniform(np.log(0.085), np.log(0.27)))
+        radius = size * np.exp(rng.uniform(np.log(0.1), np.log(0.27)))
         outlines.append((kind, _coverage(rng, CLASSES[kind], radius, size)))
 
     # from the foremost to the rearmost, so that a shape left out does not hide anything itself
@@ -120,7 +120,7 @@ def _coverage(rng: np.random.Generator, name: str, radius: float, size: int) -> 
 
 def _contrasting_colour(rng: np.random.Generator, behind: np.ndarray) -> np.ndarray:
     """A random RGB colour at least `MIN_CONTRAST` away from `behind`."""
-    while True:  # more than two thirds of all colours are far enough from any given one
+    while True:  # more than half of all colours are far enough from any given one
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(colour - behind) >= MIN_CONTRAST:
             return colour
@@ -130,7 +130,7 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndar
     """``[size, size, 3]`` float32 around `colour`: plain, gradient, stripes, checks or blotches."""
     kind = rng.choice(["plain", "gradient", "stripes", "checks", "blotches"])
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.04, 0.15) * size
-    amplitude = rng.uniform(-35, 35, 3)
+    amplitude = rng.uniform(-28, 28, 3)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     along = x * np.cos(angle) + y * np.sin(angle)
     across = y * np.cos(angle) - x * np.sin(angle)

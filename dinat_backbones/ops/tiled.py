@@ -37,13 +37,16 @@ def _cut(length: int, kernel_size: int, dilation: int, device: torch.device) -> 
     per_class = -(-longest // TILE)
     size = -(-longest // per_class)  # of equal tiles
     reach = min(size + kernel_size - 1, longest)
-    kinds: dict[tuple[int, int], int] = {}
+    kinds: list[tuple[int, int]] = []
     first, class_length, kind = [], [], []
     for residue in range(dilation):
         for position in range(0, per_class * size, size):
             here = -(-(length - residue) // dilation)
             inner = position >= kernel_size // 2 and position + size + kernel_size // 2 <= here
-            kind.append(kinds.setdefault((0, 0) if inner else (position, here), len(kinds)))
+            name = (0, 0) if inner else (position, here)
+            if name not in kinds:
+                kinds.append(name)
+            kind.append(kinds.index(name))
             first.append(min(position, here - 1))
             class_length.append(here)
     ends = torch.tensor(class_length, device=device)[:, None]
@@ -108,7 +111,8 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
     step = max(1, CHUNK_ELEMENTS // max(1, per_row_tile))
     parts = []
     for at in range(0, len(rows.kind), step):
-        part = rows._replace(**{name: getattr(rows, name)[at : at + step] for name in ("queries", "keys", "kind")})
+        stop = at + step
+        part = _Axis(rows.queries[at:stop], rows.keys[at:stop], rows.kind[at:stop], *rows[3:])
         arguments = (query, key, value, bias, part, columns, width)
         if torch.is_grad_enabled() and len(rows.kind) > step:
             parts.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
