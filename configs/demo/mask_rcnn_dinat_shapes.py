@@ -3,7 +3,7 @@
 _base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
 
-classes = ("circle", "square", "triangle", "star", "ring", "cross")
+classes = ("circle", "square", "triangle", "star", "ring")
 data_root = "work_dirs/demo/shapes/"
 image_size = 160
 epochs = 3
