@@ -39,15 +39,15 @@ def _cut(length: int, kernel_size: int, dilation: int, device: torch.device) -> 
     reach = min(size + kernel_size - 1, longest)
     kinds: list[tuple[int, int]] = []
     first, class_length, kind = [], [], []
-    for residue in range(dilation):
-        for position in range(0, per_class * size, size):
-            here = -(-(length - residue) // dilation)
-            inner = position >= kernel_size // 2 and position + size + kernel_size // 2 <= here
-            name = (0, 0) if inner else (position, here)
+    for r in range(dilation):
+        for at in range(0, per_class * size, size):
+            here = -(-(length - r) // dilation)
+            inner = at >= kernel_size // 2 and at + size + kernel_size // 2 <= here
+            name = (0, 0) if inner else (at, here)
             if name not in kinds:
                 kinds.append(name)
             kind.append(kinds.index(name))
-            first.append(min(position, here - 1))
+            first.append(min(at, here - 1))
             class_length.append(here)
     ends = torch.tensor(class_length, device=device)[:, None]
     start_of_tile = torch.tensor(first, device=device)[:, None]
