@@ -61,7 +61,7 @@ echo "[$stack] 1/4 torch and the build tools"
 mapfile -t base < <(grep -E '^(torch|torchvision|numpy|setuptools)\b' "$requirements")
 with_heartbeat "downloading torch" install "${base[@]}" "$prebuild" wheel ninja psutil cmake
 
-echo "[$stack] 2/4 mmcv and natten (compiled from source once: about 10 + 5 minutes on 2 cores; the built wheels stay in uv's cache)"
+echo "[$stack] 2/4 mmcv and natten (compiled from source: about 10 + 5 minutes on 2 cores)"
 mapfile -t compiled < <(grep -E '^((onedl-)?mmcv|natten)\b' "$requirements")
 for package in "${compiled[@]}"; do
   MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
