@@ -31,3 +31,27 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(rpb=dict(decay_mult=0.0), norm=dict(decay_mult=0.0))),
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
+
+# Multi-scale and flip test, of boxes alone: mmdet's DetTTAModel merges no masks. So it needs, besides --tta,
+#     --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox
+tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100))
+tta_pipeline = [
+    dict(type="LoadImageFromFile", backend_args={{_base_.backend_args}}),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale=(1333, short), keep_ratio=True) for short in (480, 640, 800, 960, 1120)],
+            [dict(type="RandomFlip", prob=prob) for prob in (0.0, 1.0)],
+            [dict(type="LoadAnnotations", with_bbox=True)],
+            [
+                dict(
+                    type="PackDetInputs",
+                    meta_keys=(
+                        *("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+                        *("flip", "flip_direction"),
+                    ),
+                )
+            ],
+        ],
+    ),
+]

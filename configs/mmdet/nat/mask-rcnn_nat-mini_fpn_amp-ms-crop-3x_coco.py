@@ -1,0 +1,15 @@
+_base_ = ["mmdet::_base_/models/mask-rcnn_r50_fpn.py", "../../_base_/ms-crop-3x_coco.py"]
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="NAT",
+        embed_dim=64,
+        depths=[3, 4, 6, 5],
+        num_heads=[2, 4, 8, 16],
+        kernel_size=7,
+        mlp_ratio=3.0,
+        drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="https://shi-labs.com/projects/nat/checkpoints/CLS/nat_mini.pth"),
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
