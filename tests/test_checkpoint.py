@@ -1,6 +1,6 @@
 """checkpoint.py against files written with torch.save directly, in the layouts of published and framework files."""
 
-import functools
+import hashlib
 import http.server
 import logging
 import os
@@ -14,7 +14,7 @@ import torch
 
 import dinat_backbones
 from dinat_backbones import DiNAT, DiNAT_s
-from dinat_backbones.checkpoint import backbone_state, load_backbone, read
+from dinat_backbones.checkpoint import backbone_state, fetch, load_backbone, load_model, read, resize_rpb
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 
@@ -112,13 +112,80 @@ def test_partial_fit_is_reported(tmp_path, weights, caplog):
         assert torch.equal(value, (before if name in report.missing else weights)[name]), name
 
 
+# ------------------------------------------------------------------------------------------------------ bias tables
+
+
+def cubic(line, size):
+    """Cubic convolution (Keys, a = -0.75) at the centres of `size` cells, borders repeated: in float64, one by one."""
+
+    def weight(x, a=-0.75):
+        x = abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    out = []
+    for i in range(size):
+        centre = (i + 0.5) * len(line) / size - 0.5
+        left = int(numpy.floor(centre)) - 1
+        near = range(left, left + 4)
+        out.append(sum(weight(centre - j) * line[min(max(j, 0), len(line) - 1)] for j in near))
+    return numpy.array(out)
+
+
+@pytest.mark.parametrize("old, new", [(7, 11), (3, 5), (11, 7)])
+def test_bias_tables_are_resized_bicubically_head_by_head(old, new):
+    table = torch.randn(3, 2 * old - 1, 2 * old - 1, generator=torch.Generator().manual_seed(0))
+    resized = resize_rpb(table, new)
+    assert resized.shape == (3, 2 * new - 1, 2 * new - 1) and resized.dtype == table.dtype
+    for head, got in zip(table.double().numpy(), resized.numpy(), strict=True):
+        rows = numpy.array([cubic(row, 2 * new - 1) for row in head])
+        expected = numpy.array([cubic(column, 2 * new - 1) for column in rows.T]).T
+        assert numpy.abs(got - expected).max() < 1e-5
+    assert torch.equal(resize_rpb(table, old), table)
+
+
+@pytest.mark.parametrize("shape, kernel_size", [((13, 13), 11), ((2, 13, 12), 11), ((2, 15, 15), 11), ((2, 13, 13), 8)])
+def test_what_is_no_bias_table_is_refused(shape, kernel_size):
+    with pytest.raises(ValueError, match="odd"):
+        resize_rpb(torch.zeros(shape), kernel_size)
+
+
+def test_another_kernel_size_is_loaded_resized_and_said(tmp_path, weights, caplog):
+    model = trunk(kernel_size=5)
+    with caplog.at_level(logging.INFO):
+        report = load_backbone(model, save(tmp_path, {"model": imagenet(weights)}))
+    tables = {name for name in weights if name.endswith("rpb")}
+    assert report.complete and set(report.resized) == tables and len(tables) == 5
+    assert "5 rpb tables resized" in caplog.text
+    for name in report.loaded:
+        expected = resize_rpb(weights[name], 5) if name in tables else weights[name]
+        assert torch.equal(model.state_dict()[name], expected), name
+
+
+# -------------------------------------------------------------------------------------------------------- whole models
+
+
+def test_a_whole_model_is_loaded_entirely_or_not_at_all(tmp_path, weights):
+    for content in ({"state_dict": weights}, {"model": with_prefix(weights, "module.")}):
+        model = trunk()
+        load_model(model, save(tmp_path, content))
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    wrong = dict(weights, extra=torch.ones(1))
+    wrong["norm0.weight"] = torch.ones(7)
+    del wrong["norm3.bias"]
+    path = save(tmp_path, wrong)
+    words = ["1 tensors are not in the file: norm3.bias", "1 tensors are not in the model: extra", "is [7] in the file"]
+    refused(trunk(), path, *words, load=load_model)
+
+
 # ---------------------------------------------------------------------------------------------- not our architecture
 
 
-def refused(model, path, *words):
+def refused(model, path, *words, load=load_backbone):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError) as caught:
-        load_backbone(model, path)
+        load(model, path)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in (str(path), type(model).__name__, *words)), message
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "model was touched"
@@ -128,7 +195,6 @@ def refused(model, path, *words):
     "other, words",
     [
         (dict(embed_dim=64, num_heads=[2, 4, 8, 16]), ["patch_embed.proj.0.weight", "[32, 3, 3, 3]", "[16, 3, 3, 3]"]),
-        (dict(kernel_size=5), ["attn.rpb", "[1, 9, 9]", "[1, 5, 5]"]),
         (dict(depths=[1, 1, 3, 1]), ["levels.2 has 3 blocks in the file and 2 in the model"]),
         (dict(depths=[1, 1, 1, 1]), ["levels.2 has 1 blocks in the file and 2 in the model"]),
         (dict(layer_scale=1e-5), ["file has layer scale"]),
@@ -251,36 +317,120 @@ def test_missing_file(tmp_path):
 # ------------------------------------------------------------------------------------------------------------ download
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves the server's `files` with an ETag and, as RFC 9110 says, the rest of a file by If-Range and Range.
+
+    A connection breaks off after `server.breaks_after` bytes.
+    """
+
+    def do_GET(self):
+        self.server.requests.append(dict(self.headers))
+        content = self.server.files.get(self.path.split("?")[0])
+        if content is None:
+            return self.send_error(404)
+        tag = f'"{hashlib.md5(content).hexdigest()}"' if self.server.tags else None
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if self.headers.get("If-Range") != tag:
+            start = 0
+        if start and start >= len(content):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if tag:
+            self.send_header("ETag", tag)
+        self.send_header("Content-Length", len(content) - start)
+        self.end_headers()
+        self.wfile.write(content[start:][: self.server.breaks_after])
+
+    def log_message(self, *args): ...
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A local web server over a folder; torch.hub's cache is another one."""
+    """A local web server with the `files` of a dictionary; `cache` is where downloads go."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setenv("no_proxy", "*")
-    (tmp_path / "www").mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args): ...
-
-    handler = functools.partial(Handler, directory=str(tmp_path / "www"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.files, running.requests, running.tags, running.breaks_after = {}, [], True, None
+        running.address = f"http://127.0.0.1:{running.server_port}"
+        running.cache = tmp_path / "cache/hub/checkpoints"
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield tmp_path / "www", f"http://127.0.0.1:{running.server_port}", tmp_path / "cache/hub/checkpoints"
+        yield running
         running.shutdown()
 
 
-def test_address_is_downloaded_once(server, weights):
-    folder, address, cache = server
-    save(folder, weights, "a.pth")
+CONTENT = numpy.random.default_rng(0).bytes(300_000)
+
+
+def broken_off(server, address, after=100_000):
+    server.breaks_after = after
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch(address)
+    server.breaks_after = None
+    return str(caught.value)
+
+
+def test_address_is_downloaded_once(server, tmp_path, weights):
+    server.files["/a.pth"] = save(tmp_path, weights).read_bytes()
     for _ in range(2):  # the second time from the cache
-        assert all(torch.equal(value, weights[name]) for name, value in read(f"{address}/a.pth?x=1").items())
-        (folder / "a.pth").unlink(missing_ok=True)
-    assert [file.name for file in cache.iterdir()] == ["a.pth"]
+        found = read(f"{server.address}/a.pth?x=1")
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in found.items())
+    assert [file.name for file in server.cache.iterdir()] == ["a.pth"] and len(server.requests) == 1
 
 
 def test_offline_names_file_and_place(server):
-    _, address, cache = server
     with pytest.raises(FileNotFoundError) as caught:
-        read(f"{address}/b.pth")
-    assert f"{address}/b.pth" in str(caught.value) and str(cache / "b.pth") in str(caught.value)
-    assert list(cache.iterdir()) == []
+        read(f"{server.address}/b.pth")
+    message = str(caught.value)
+    assert f"{server.address}/b.pth" in message and str(server.cache / "b.pth") in message and "\n" not in message
+    assert list(server.cache.iterdir()) == []
+
+
+def test_broken_download_is_refused_and_resumed(server, capfd):
+    server.files["/a.pth"] = CONTENT
+    message = broken_off(server, f"{server.address}/a.pth")
+    assert "100000 of 300000 bytes" in message and str(server.cache / "a.pth") in message
+    assert not (server.cache / "a.pth").exists()
+    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT
+    assert [request.get("Range") for request in server.requests] == [None, "bytes=100000-"]
+    assert [file.name for file in server.cache.iterdir()] == ["a.pth"]
+    assert "a.pth" in capfd.readouterr().err  # progress
+
+
+@pytest.mark.parametrize("tags", [True, False], ids=["other tag", "no tags"])
+def test_a_file_that_may_have_changed_is_not_continued(server, tags):
+    server.files["/a.pth"], server.tags = CONTENT, tags
+    broken_off(server, f"{server.address}/a.pth")
+    server.files["/a.pth"] = CONTENT[::-1]
+    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT[::-1]
+    assert [file.name for file in server.cache.iterdir()] == ["a.pth"]
+
+
+def test_a_complete_file_that_was_not_renamed_is_got_again(server):
+    """Killed between the last byte and the renaming."""
+    server.files["/a.pth"] = CONTENT
+    broken_off(server, f"{server.address}/a.pth")
+    (unfinished,) = server.cache.iterdir()
+    unfinished.write_bytes(CONTENT)
+    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT
+    assert len(list(server.cache.iterdir())) == 1
+
+
+def test_hash_in_the_address(server):
+    server.files["/a.pth"] = CONTENT
+    with pytest.raises(ValueError, match=r"a\.pth#sha256=0+ came with SHA-256"):
+        fetch(f"{server.address}/a.pth#sha256={'0' * 64}")
+    assert list(server.cache.iterdir()) == []
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert fetch(f"{server.address}/a.pth#sha256={digest}") == server.cache / "a.pth"
+
+
+def test_processes_that_want_the_same_file_get_it_once(server):
+    server.files["/a.pth"] = CONTENT
+    script = "import sys; from dinat_backbones.checkpoint import fetch; print(fetch(sys.argv[1]).stat().st_size)"
+    command = [sys.executable, "-c", script, f"{server.address}/a.pth"]
+    root = os.path.dirname(os.path.dirname(dinat_backbones.__file__))
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in running] == ["300000"] * 3
+    assert len(server.requests) == 1 and len(list(server.cache.iterdir())) == 1

@@ -1,11 +1,22 @@
 #!/usr/bin/env python
-"""A small synthetic instance-segmentation dataset in COCO format: rotated, textured, overlapping shapes.
+"""A small synthetic segmentation dataset in the layouts of COCO, ADE20K and Cityscapes: rotated, overlapping shapes.
 
-    python tools/make_shapes.py OUT [--train N] [--val N] [--size PX] [--seed S]
+    python tools/make_shapes.py OUT [--layout coco|coco-panoptic|ade20k|cityscapes ...] [--train N] [--val N]
+                                    [--size PX] [--seed S]
 
-writes ``OUT/train/*.jpg``, ``OUT/val/*.jpg`` and ``OUT/annotations/instances_{train,val}.json``. Colours and textures
-are drawn without looking at the class, so only the outline tells what a shape is. The same arguments give the same
-bytes. `draw_scene` knows nothing of files and `write_coco` nothing of drawing.
+| layout        | pictures                                  | ground truth                                           |
+|---------------|-------------------------------------------|--------------------------------------------------------|
+| coco          | OUT/{train,val}/*.jpg                     | OUT/annotations/instances_{train,val}.json             |
+| coco-panoptic | OUT/{train,val}/*.jpg                     | OUT/annotations/panoptic_{train,val}.json, and *.png   |
+|               |                                           | in the folders of that name                            |
+| ade20k        | OUT/images/{training,validation}/*.jpg    | OUT/annotations/{training,validation}/*.png            |
+| cityscapes    | OUT/leftImg8bit/{train,val}/shapes/       | OUT/gtFine/{train,val}/shapes/                         |
+|               | shapes_*_leftImg8bit.png                  | shapes_*_gtFine_labelTrainIds.png                      |
+
+Shapes are things and the background is stuff. In every layout the classes are `CLASSES` and then `BACKGROUND`, counted
+from 1 in COCO and ADE20K (where 0 means unlabelled) and from 0 in Cityscapes. Colours and textures are drawn without
+looking at the class, so only the outline tells what a shape is. The same arguments give the same bytes. `draw_scene`
+knows nothing of files and `write_layouts` nothing of drawing.
 """
 
 import argparse
@@ -13,7 +24,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +36,8 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 CLASSES = ("circle", "square", "triangle", "star", "ring")
+BACKGROUND = "background"
+LAYOUTS = ("coco", "coco-panoptic", "ade20k", "cityscapes")
 FORMAT = 2  # raise it when the same arguments give other data
 OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
 MIN_VISIBLE_FRACTION = 0.5  # a shape hidden further than that is left out of the scene
@@ -152,34 +165,108 @@ def scene(split: str, index: int, size: int, seed: int) -> Scene:
     return draw_scene(np.random.default_rng([seed, ["train", "val"].index(split), index]), size)
 
 
-def _write_image(folder: Path, split: str, size: int, seed: int, index: int) -> list[tuple[int, dict, int, list]]:
+def _write_scene(folder: Path, layouts: Sequence[str], split: str, size: int, seed: int, index: int) -> list[dict]:
+    """Write the files of one scene; returns its segments for the JSON files, the background (if any) last."""
     drawn = scene(split, index, size, seed)
-    Image.fromarray(drawn.image).save(folder / split / f"{index:06d}.jpg", quality=95, subsampling=0)
-    records = []
+    labels = np.full((size, size), len(CLASSES), np.uint8)
     for kind, mask in drawn.instances:
-        encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-        area, bbox = int(coco_mask.area(encoded)), coco_mask.toBbox(encoded).tolist()
-        records.append((kind, {"size": encoded["size"], "counts": encoded["counts"].decode()}, area, bbox))
-    return records
+        labels[mask] = kind
+    masks = [*drawn.instances, (len(CLASSES), labels == len(CLASSES))]
+    segments = [_segment(kind, mask) for kind, mask in masks if mask.any()]
+
+    image = Image.fromarray(drawn.image)
+    for path, truth in _files(folder, layouts, split, index).items():
+        if truth is None:
+            # a COCO or ADE20K picture; Cityscapes has its own without loss
+            image.save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+        elif truth == "coco-panoptic":
+            numbers = np.zeros((size, size, 3), np.uint8)
+            for number, (_, mask) in enumerate(masks, 1):
+                numbers[mask] = (number, 0, 0)  # red + 256 green + 65536 blue is the segment's id
+            Image.fromarray(numbers).save(path)
+        else:
+            Image.fromarray(labels + (truth == "ade20k")).save(path)
+    return segments
 
 
-def write_coco(folder: Path, counts: dict[str, int], size: int, seed: int, progress: Callable[[str], None]) -> None:
-    """Write the scenes of all splits into the existing `folder` as a COCO instance dataset with RLE masks."""
+def _segment(kind: int, mask: np.ndarray) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    area, bbox = int(coco_mask.area(encoded)), coco_mask.toBbox(encoded).tolist()
+    rle = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+    return dict(category_id=kind + 1, iscrowd=0, bbox=bbox, area=area, segmentation=rle)
+
+
+def _files(folder: Path, layouts: Sequence[str], split: str, index: int) -> dict[Path, str | None]:
+    """The files of one scene: a picture (None) or the ground truth of a layout."""
+    name, files = f"{index:06d}", {}
+    if "coco" in layouts or "coco-panoptic" in layouts:
+        files[folder / split / f"{name}.jpg"] = None
+    if "coco-panoptic" in layouts:
+        files[folder / "annotations" / f"panoptic_{split}" / f"{name}.png"] = "coco-panoptic"
+    if "ade20k" in layouts:
+        part = {"train": "training", "val": "validation"}[split]
+        files[folder / "images" / part / f"{name}.jpg"] = None
+        files[folder / "annotations" / part / f"{name}.png"] = "ade20k"
+    if "cityscapes" in layouts:
+        stem = f"shapes_{name}_000000"  # city, sequence, frame
+        files[folder / "leftImg8bit" / split / "shapes" / f"{stem}_leftImg8bit.png"] = None
+        files[folder / "gtFine" / split / "shapes" / f"{stem}_gtFine_labelTrainIds.png"] = "cityscapes"
+    return files
+
+
+def write_layouts(
+    folder: Path,
+    layouts: Sequence[str],
+    counts: dict[str, int],
+    size: int,
+    seed: int,
+    progress: Callable[[str], None],
+) -> None:
+    """Write the scenes of all splits into the existing `folder`."""
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for split, count in counts.items():
-            (folder / split).mkdir()
-            annotations = []
-            results = pool.map(partial(_write_image, folder, split, size, seed), range(count), chunksize=16)
+            for path in _files(folder, layouts, split, 0):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write = partial(_write_scene, folder, layouts, split, size, seed)
+            results = pool.map(write, range(count), chunksize=16)
             with closing(results):  # cancels what is left to draw when interrupted
-                for index, records in enumerate(_counted(results, count, f"drawing {split}", progress)):
-                    for kind, segmentation, area, bbox in records:
-                        annotation = dict(id=len(annotations) + 1, image_id=index + 1, category_id=kind + 1, iscrowd=0)
-                        annotations.append(annotation | dict(bbox=bbox, area=area, segmentation=segmentation))
+                scenes = list(_counted(results, count, f"drawing {split}", progress))
             images = [dict(id=i + 1, file_name=f"{i:06d}.jpg", width=size, height=size) for i in range(count)]
-            categories = [dict(id=i + 1, name=name, supercategory="shape") for i, name in enumerate(CLASSES)]
-            (folder / "annotations").mkdir(exist_ok=True)
-            content = dict(images=images, annotations=annotations, categories=categories)
-            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+            if "coco" in layouts:
+                _write_json(folder, f"instances_{split}", images, _instances(scenes), _categories()[:-1])
+            if "coco-panoptic" in layouts:
+                things = [category | dict(isthing=int(category["name"] != BACKGROUND)) for category in _categories()]
+                _write_json(folder, f"panoptic_{split}", images, _panoptic(scenes), things)
+
+
+def _categories() -> list[dict]:
+    return [dict(id=i, name=name, supercategory="shape") for i, name in enumerate((*CLASSES, BACKGROUND), 1)]
+
+
+def _instances(scenes: list[list[dict]]) -> list[dict]:
+    things = [
+        dict(image_id=image_id, **segment)
+        for image_id, segments in enumerate(scenes, 1)
+        for segment in segments
+        if segment["category_id"] <= len(CLASSES)
+    ]
+    return [dict(id=i, **thing) for i, thing in enumerate(things, 1)]
+
+
+def _panoptic(scenes: list[list[dict]]) -> list[dict]:
+    annotations = []
+    for image_id, segments in enumerate(scenes, 1):
+        infos = [{"id": i} | segment for i, segment in enumerate(segments, 1)]
+        for info in infos:
+            del info["segmentation"]  # which is in the picture
+        annotations.append(dict(image_id=image_id, file_name=f"{image_id - 1:06d}.png", segments_info=infos))
+    return annotations
+
+
+def _write_json(folder: Path, name: str, images: list, annotations: list, categories: list) -> None:
+    (folder / "annotations").mkdir(exist_ok=True)
+    content = dict(images=images, annotations=annotations, categories=categories)
+    (folder / "annotations" / f"{name}.json").write_text(json.dumps(content))
 
 
 def _counted(items: Iterator, total: int, label: str, progress: Callable[[str], None]) -> Iterator:
@@ -196,6 +283,7 @@ def make_shapes(
     size: int = 160,
     seed: int = 0,
     *,
+    layouts: Sequence[str] = ("coco",),
     replace: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> bool:
@@ -206,11 +294,12 @@ def make_shapes(
         train, val: number of images.
         size: height and width of the images, in pixels.
         seed: of the random numbers.
+        layouts: any of `LAYOUTS`.
         replace: exchange a dataset made with other arguments instead of raising an error.
         progress: called with a line of text about 20 times per split.
 
     Returns:
-        Whether anything was written; False if `out` already holds exactly this dataset.
+        Whether anything was written; False if `out` already holds this dataset (in other layouts besides, perhaps).
 
     Raises:
         ValueError: an argument out of its range.
@@ -219,16 +308,21 @@ def make_shapes(
     for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{name}={value}: expected an integer of at least {least}")
+    if not layouts or not set(layouts) <= set(LAYOUTS):
+        raise ValueError(f"layouts={list(layouts)}: expected some of {', '.join(LAYOUTS)}")
+    layouts = [name for name in LAYOUTS if name in layouts]
     out = Path(out)
     wanted = dict(train=train, val=val, size=size, seed=seed, format=FORMAT)
     stamp = out / "shapes.json"
     if stamp.is_file():
         present = json.loads(stamp.read_text())
-        if present == wanted:
+        there = present.pop("layouts", ["coco"])
+        if present == wanted and set(layouts) <= set(there):
             return False
         if not replace:
             raise FileExistsError(
-                f"{out} holds shapes made with {present}, not {wanted}; name another folder or add --replace"
+                f"{out} holds shapes made with {present} as {', '.join(there)}, not {wanted} as {', '.join(layouts)}; "
+                "name another folder or add --replace"
             )
     elif out.exists():
         raise FileExistsError(f"{out} exists and was not written by make_shapes; name another folder")
@@ -237,8 +331,8 @@ def make_shapes(
     shutil.rmtree(partial_folder, ignore_errors=True)  # of a run that was killed outright
     partial_folder.mkdir(parents=True)
     try:
-        write_coco(partial_folder, dict(train=train, val=val), size, seed, progress)
-        (partial_folder / stamp.name).write_text(json.dumps(wanted))
+        write_layouts(partial_folder, layouts, dict(train=train, val=val), size, seed, progress)
+        (partial_folder / stamp.name).write_text(json.dumps(wanted | dict(layouts=layouts)))
         shutil.rmtree(out, ignore_errors=True)
         partial_folder.rename(out)
     finally:
@@ -263,6 +357,9 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=200, help="number of validation images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=160, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument(
+        "--layout", dest="layouts", nargs="+", choices=LAYOUTS, default=["coco"], help="one or more (default: coco)"
+    )
     parser.add_argument("--replace", action="store_true", help="exchange a dataset made with other arguments")
     args = parser.parse_args()
     try:

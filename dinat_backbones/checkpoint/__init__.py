@@ -1,0 +1,30 @@
+"""Read checkpoints without running code that they carry, and load them into a model without losing anything silently.
+
+    checkpoint = read("dinat_mini_in1k_224.pth")    # path or http(s) address, .pth / .pt / .safetensors
+    state = backbone_state(checkpoint)              # the trunk's own keys, whoever wrote the file
+    report = load_backbone(model, "dinat_mini_in1k_224.pth")
+    load_model(detector, "mask_rcnn_dinat_mini.pth")    # all of it or an error
+
+No framework is needed to read what a framework wrote. `reading.py` reads, `download.py` fetches, `loading.py` puts the
+tensors into a model, `layouts.py` converts between the programs that wrote them.
+"""
+
+from .download import fetch
+from .layouts import LAYOUTS, convert
+from .loading import PREFIXES, WRAPPERS, Report, backbone_state, load_backbone, load_model, resize_rpb
+from .reading import Inert, read
+
+__all__ = [
+    "LAYOUTS",
+    "PREFIXES",
+    "WRAPPERS",
+    "Inert",
+    "Report",
+    "backbone_state",
+    "convert",
+    "fetch",
+    "load_backbone",
+    "load_model",
+    "read",
+    "resize_rpb",
+]

@@ -1,0 +1,246 @@
+"""Load what `read` returned, into a trunk or a whole model, without losing anything silently."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import zoo
+from .reading import read
+
+# Where frameworks put the weights inside their checkpoints, in order of preference.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema", "model_ema")
+# What training wrappers, detectors and feature pyramids put before the trunk's own keys, outermost first.
+PREFIXES = ("module.", "model.", "backbone.", "bottom_up.")
+_CLASSIFIER = ("norm.", "head.")  # of the published ImageNet files; a trunk has norm0 ... norm3 instead
+_BLOCK = re.compile(r"((?:levels|layers)\.\d+)\.blocks\.(\d+)\.")
+_OUTPUT_NORM = re.compile(r"norm\d+\.")
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict inside a checkpoint: what its `WRAPPERS` hold, however often they are nested."""
+    while wrapper := next((name for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping)), None):
+        checkpoint = checkpoint[wrapper]
+    return checkpoint
+
+
+def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
+    """The trunk's tensors under the trunk's own names, from a classification, detection or segmentation checkpoint.
+
+    Args:
+        checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`.
+        prefix: take the keys that start with it, instead of guessing. The classifier (`norm.*`, `head.*`) is dropped.
+    """
+    state = unwrap(checkpoint)
+    prefixes = PREFIXES if prefix is None else (prefix.rstrip(".") + ".",)
+    for start in prefixes:
+        inside = {key[len(start) :]: value for key, value in state.items() if str(key).startswith(start)}
+        state = inside or (state if prefix is None else {})
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and not str(k).startswith(_CLASSIFIER)}
+
+
+def resize_rpb(table: Tensor, kernel_size: int) -> Tensor:
+    """The bias tables of another kernel size, each head's interpolated bicubically, corners not aligned.
+
+    The released 11x11 ImageNet-22k weights were made from the 7x7 ones by such a resize of 13x13 to 21x21 entries; how
+    its corners were aligned was not published.
+
+    Args:
+        table: ``[heads, 2K-1, 2K-1]``, floating point.
+        kernel_size: the new K, odd.
+
+    Returns:
+        ``[heads, 2*kernel_size-1, 2*kernel_size-1]`` in the dtype of `table`.
+
+    Raises:
+        ValueError: `table` has another shape or `kernel_size` is not odd.
+    """
+    if not _is_rpb(table):
+        raise ValueError(f"an rpb table of shape {list(table.shape)}; expected [heads, 2K-1, 2K-1] with an odd K")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 1")
+    size = 2 * kernel_size - 1
+    if table.shape[-1] == size:
+        return table
+    resized = functional.interpolate(table[None].float(), size=(size, size), mode="bicubic", align_corners=False)
+    return resized[0].to(table.dtype)
+
+
+def _is_rpb(table: Tensor) -> bool:
+    return table.dim() == 3 and table.shape[1] == table.shape[2] and table.shape[1] % 4 == 1
+
+
+def resize_all_rpb(state: Mapping[str, Tensor], kernel_size: int) -> dict[str, Tensor]:
+    """Those bias tables of `state` that belong to another kernel size, resized; by their names."""
+    tables = {key: table for key, table in state.items() if key.endswith(".attn.rpb") and _is_rpb(table)}
+    return {k: resize_rpb(t, kernel_size) for k, t in tables.items() if t.shape[-1] != 2 * kernel_size - 1}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `load_backbone` did, by state-dict names; `mismatched` maps a name to its shapes in file and model."""
+
+    source: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    resized: tuple[str, ...] = ()  # bias tables among the loaded ones
+
+    @property
+    def complete(self) -> bool:
+        """Nothing was left out but output norms, which ImageNet files do not have."""
+        return not self.unexpected and not self.mismatched and all(map(_OUTPUT_NORM.match, self.missing))
+
+    def __str__(self) -> str:
+        words = f"loaded {len(self.loaded)} tensors from {self.source}"
+        if self.resized:
+            words += f"; {len(self.resized)} rpb tables resized to the model's kernel size"
+        if self.missing:
+            words += f"; {len(self.missing)} not in the file, left as they were: {_some(self.missing, 8)}"
+        if self.unexpected:
+            words += f"; {len(self.unexpected)} in the file, not used: {_some(self.unexpected, 8)}"
+        return words
+
+
+def load_backbone(
+    model: nn.Module,
+    source: str | os.PathLike,
+    *,
+    prefix: str | None = None,
+    allow_pickle: bool = False,
+    logger: logging.Logger | None = None,
+) -> Report:
+    """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
+
+    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says.
+
+    Args:
+        model: a trunk; untouched if an error is raised.
+        source, allow_pickle: see `read`.
+        prefix: see `backbone_state`.
+        logger: where the report goes; this module's logger by default.
+
+    Raises:
+        ValueError: nothing fits, or the file belongs to another architecture (other shapes, other depths, layer scale
+            on one side only); and whatever `read` raises.
+    """
+    own, state = model.state_dict(), backbone_state(read(source, allow_pickle=allow_pickle), prefix)
+    family = type(model).__name__
+    if not any(_BLOCK.match(key) for key in own.keys() & state.keys()):
+        raise ValueError(
+            f"nothing in {source} fits {family}: the file has {_some(state) or 'no tensors there'}; the model has "
+            f"{_some(own)}{_hint(state)}"
+        )
+    kernel_size = next((table.shape[-1] // 2 + 1 for key, table in own.items() if key.endswith(".attn.rpb")), None)
+    resized = resize_all_rpb(state, kernel_size) if kernel_size else {}
+    report = _compare(state | resized, own, str(source), tuple(resized))
+    if differences := _differences(state, own) + _shape_differences(report):
+        raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{_hint(state)}")
+    model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
+    logger = logger or logging.getLogger(__name__)
+    logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
+    return report
+
+
+def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: bool = False) -> None:
+    """Load a checkpoint into a whole detector, segmentor or classifier: all of it or an error.
+
+    Args:
+        model: untouched if an error is raised.
+        source, allow_pickle: see `read`.
+
+    Raises:
+        ValueError: a tensor of the model is not in the file, or the other way round, or shapes differ; and whatever
+            `read` raises.
+    """
+    state = tensors(read(source, allow_pickle=allow_pickle))
+    report = _compare(state, model.state_dict(), str(source))
+    differences = _shape_differences(report)
+    if report.missing:
+        differences.append(f"{len(report.missing)} tensors are not in the file: {_some(report.missing)}")
+    if report.unexpected:
+        differences.append(f"{len(report.unexpected)} tensors are not in the model: {_some(report.unexpected)}")
+    if differences:
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
+    model.load_state_dict(state)
+
+
+def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's state dict; without the `module.` that data-parallel training puts first."""
+    state = {str(key): value for key, value in unwrap(checkpoint).items() if isinstance(value, Tensor)}
+    parallel = bool(state) and all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module."): value for key, value in state.items()} if parallel else state
+
+
+def _compare(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, resized: tuple[str, ...] = ()
+) -> Report:
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    return Report(
+        source=source,
+        loaded=tuple(key for key, (theirs, ours) in shapes.items() if theirs == ours),
+        missing=tuple(key for key in own if key not in state),
+        unexpected=tuple(key for key in state if key not in own),
+        mismatched={key: (theirs, ours) for key, (theirs, ours) in shapes.items() if theirs != ours},
+        resized=resized,
+    )
+
+
+def _shape_differences(report: Report) -> list[str]:
+    words = [
+        f"{key} is {list(theirs)} in the file and {list(ours)} in the model"
+        for key, (theirs, ours) in list(report.mismatched.items())[:3]
+    ]
+    more = len(report.mismatched) - len(words)
+    return words + ([f"and {more} more shapes differ"] if more else [])
+
+
+def _some(names, count: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
+
+
+def _depths(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of blocks by stage, "levels.0" and so on."""
+    blocks = {(match[1], match[2]) for match in map(_BLOCK.match, state) if match}
+    return {stage: [of for of, _ in blocks].count(stage) for stage in sorted({of for of, _ in blocks})}
+
+
+def _layer_scale(state: Mapping[str, Tensor]) -> bool:
+    return any(key.endswith(".gamma1") for key in state)
+
+
+def _differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Differences of architecture that no shape shows, in words; a stage that one side lacks altogether is none."""
+    theirs, ours = _depths(state), _depths(own)
+    words = [
+        f"{stage} has {theirs[stage]} blocks in the file and {depth} in the model"
+        for stage, depth in ours.items()
+        if theirs.get(stage, depth) != depth
+    ]
+    if _layer_scale(state) != _layer_scale(own):
+        with_it, without = ("file", "model") if _layer_scale(state) else ("model", "file")
+        words.append(f"the {with_it} has layer scale (gamma1, gamma2) and the {without} does not")
+    return words
+
+
+def _hint(state: Mapping[str, Tensor]) -> str:
+    """Which architectures of the table have these depths, width, MLP and layer scale, as the end of a message."""
+    depths = _depths(state)
+    first = next(iter(depths), "")
+    norm, hidden = (state.get(f"{first}.blocks.0.{name}") for name in ("norm1.weight", "mlp.fc1.weight"))
+    if norm is None or hidden is None:
+        return ""
+    found = (first == "layers.0", len(norm), len(hidden) / len(norm), tuple(depths.values()), _layer_scale(state))
+    names = [
+        name
+        for name, a in zoo.ARCHS.items()
+        if (a.family == "DiNAT_s", a.embed_dim, a.mlp_ratio, a.depths, a.layer_scale is not None) == found
+    ]
+    return f". The file looks like {' or '.join(names)}" if names else ""
