@@ -13,7 +13,8 @@ dinat_large = dict(
         checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth",
     ),
 )
-# The longest key in a parameter's name decides: norms without decay. The original trainer decayed rpb, and so does this.
+# Of several keys in a parameter's name the longest decides. Norms have no decay; rpb has, as in the original trainer,
+# whose list of exceptions does not know it.
 backbone_norm = dict(lr_mult=0.1, decay_mult=0.0)
 embedding = dict(lr_mult=1.0, decay_mult=0.0)
 parameter_keys = {

@@ -95,6 +95,8 @@ def instruction_set() -> str:
 
 def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[str]:
     """Reasons, in words, why this call cannot run here."""
+    if query.is_meta:
+        return []  # shapes alone, which need no library
     reasons = [_missing] if _missing else []
     if query.device.type != "cpu":
         reasons.append(f"the tensors are on {query.device}, the kernel runs on cpu")

@@ -1,0 +1,161 @@
+"""Trunks, and the dilations of their blocks in every published setting."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Protocol, TypeVar
+
+_T = TypeVar("_T")
+
+
+def _pick(kind: str, name: object, known: Mapping[str, _T]) -> _T:
+    """`known[name]`, or an error that names the value, the nearest known name and all of them."""
+    if isinstance(name, str) and name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
+
+
+# ---------------------------------------------------------------------------------------------------- architectures
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A trunk of four stages at strides 4, 8, 16 and 32, of width embed_dim times 1, 2, 4 and 8."""
+
+    name: str
+    family: str  # "NAT" | "DiNAT" | "DiNAT_s"
+    embed_dim: int
+    depths: tuple[int, ...]
+    mlp_ratio: float
+    layer_scale: float | None = None
+    kernel_size: int = 7
+
+    @property
+    def num_heads(self) -> tuple[int, ...]:
+        """Heads of each stage: every head of every trunk is 32 wide."""
+        return tuple(self.embed_dim * 2**stage // 32 for stage in range(len(self.depths)))
+
+
+ARCHS: dict[str, Arch] = {a.name: a for a in (
+    #    name             family    width  depths         mlp  layer scale
+    Arch("nat_mini",      "NAT",      64, (3, 4, 6, 5),  3.0),
+    Arch("nat_tiny",      "NAT",      64, (3, 4, 18, 5), 3.0),
+    Arch("nat_small",     "NAT",      96, (3, 4, 18, 5), 2.0, 1e-5),
+    Arch("nat_base",      "NAT",     128, (3, 4, 18, 5), 2.0, 1e-5),
+    Arch("dinat_mini",    "DiNAT",    64, (3, 4, 6, 5),  3.0),
+    Arch("dinat_tiny",    "DiNAT",    64, (3, 4, 18, 5), 3.0),
+    Arch("dinat_small",   "DiNAT",    96, (3, 4, 18, 5), 2.0),
+    Arch("dinat_base",    "DiNAT",   128, (3, 4, 18, 5), 2.0, 1e-5),
+    Arch("dinat_large",   "DiNAT",   192, (3, 4, 18, 5), 2.0),
+    Arch("dinat_s_tiny",  "DiNAT_s",  96, (2, 2, 6, 2),  4.0),
+    Arch("dinat_s_small", "DiNAT_s",  96, (2, 2, 18, 2), 4.0),
+    Arch("dinat_s_base",  "DiNAT_s", 128, (2, 2, 18, 2), 4.0),
+    Arch("dinat_s_large", "DiNAT_s", 192, (2, 2, 18, 2), 4.0),
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Isotropic:
+    """`depth` equal blocks on one grid of patches. kernel_size None: attention over the whole grid (ViT with rpb)."""
+
+    name: str
+    embed_dim: int
+    num_heads: int
+    drop_path_rate: float
+    kernel_size: int | None
+    dilation_of_odd_blocks: int | None  # blocks 1, 3, 5, ... counted from 0; the even ones have dilation 1
+    depth: int = 12
+    mlp_ratio: float = 4.0
+    patch_size: int = 16
+    img_size: int = 224
+    patch_norm: bool = True
+
+
+ISOTROPIC: dict[str, Isotropic] = {m.name: m for m in (
+    #         name                    width heads drop kernel dilation
+    Isotropic("nat_isotropic_small",   384, 12, 0.1, 7, 1),
+    Isotropic("dinat_isotropic_small", 384, 12, 0.1, 7, 2),
+    Isotropic("vitrpb_small",          384, 12, 0.1, None, None),
+    Isotropic("nat_isotropic_base",    768, 24, 0.4, 7, 1),
+    Isotropic("dinat_isotropic_base",  768, 24, 0.4, 7, 2),
+    Isotropic("vitrpb_base",           768, 24, 0.4, None, None),
+)}  # fmt: skip
+
+
+def arch(name: str) -> Arch:
+    """The trunk of that name; ValueError with the known names otherwise."""
+    if isinstance(name, str) and name in ISOTROPIC:
+        raise ValueError(f"{name!r} is an isotropic model, not a trunk with stages: look in ISOTROPIC")
+    return _pick("architecture", name, ARCHS)
+
+
+# -------------------------------------------------------------------------------------------------------- dilations
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    """Dilations of the four stages: cycled to a deeper stage's depth, while a shallower one takes the end of it."""
+
+    stages: tuple[tuple[int, ...], ...]
+    families: tuple[str, ...] = ("DiNAT", "DiNAT_s")
+
+
+# The widest dilation of a stage is about what fits: kernel x dilation <= the stage's map at the training resolution
+# (7 x 8 = 224 / 4, 7 x 28 <= 800 / 4, 11 x 14 <= 640 / 4). Hence the settings: a task, a size and a kernel size.
+_PATTERNS = {
+    "imagenet-224": _Pattern(((1, 8), (1, 4), (1, 2), (1,))),
+    "imagenet-384": _Pattern(((1, 13), (1, 6), (1, 3), (1,))),
+    "imagenet-384-k11": _Pattern(((1, 8), (1, 4), (1, 2), (1,)), ("DiNAT",)),
+    "coco": _Pattern(((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3))),
+    "ade20k-512": _Pattern(((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))),
+    "ade20k-640": _Pattern(((1, 20), (1, 5, 1, 10), (1, 2, 1, 3, 1, 4, 1, 5) * 2 + (1, 5), (1, 2))),
+    "mask2former": _Pattern(((1, 14), (1, 4, 1, 7), (1, 2, 1, 3) * 4 + (1, 3), (1,)), ("DiNAT",)),  # kernel 11
+}
+DILATION_SETTINGS: tuple[str, ...] = tuple(_PATTERNS)
+
+
+def dilations(arch_name: str, setting: str) -> tuple[tuple[int, ...], ...] | None:
+    """The dilation of every block of every stage, published for that setting; None (all ones) for every NAT."""
+    trunk, pattern = arch(arch_name), _pick("dilation setting", setting, _PATTERNS)
+    if trunk.family == "NAT":
+        return None
+    if trunk.family not in pattern.families:
+        choices = ", ".join(s for s, p in _PATTERNS.items() if trunk.family in p.families)
+        raise ValueError(f"dilation setting {setting!r} was never published for {trunk.family}. Choices: {choices}")
+    return tuple(
+        tuple(islice(cycle(stage[-depth:]), depth)) for stage, depth in zip(pattern.stages, trunk.depths, strict=True)
+    )
+
+
+class TrunkOfRow(Protocol):
+    """What a published row says about its trunk."""
+
+    @property
+    def arch(self) -> str: ...
+    @property
+    def dilations(self) -> str: ...
+    @property
+    def kernel_size(self) -> int | None: ...
+    @property
+    def drop_path_rate(self) -> float | None: ...
+
+
+def backbone_kwargs(row: TrunkOfRow) -> dict[str, Any]:
+    """What builds the row's trunk, as plain numbers and lists; an argument that is None for the row is left out."""
+    trunk, pattern = arch(row.arch), dilations(row.arch, row.dilations)
+    kwargs = {
+        "embed_dim": trunk.embed_dim,
+        "depths": list(trunk.depths),
+        "num_heads": list(trunk.num_heads),
+        "kernel_size": row.kernel_size,
+        "dilations": pattern and [list(stage) for stage in pattern],
+        "mlp_ratio": trunk.mlp_ratio,
+        "layer_scale": trunk.layer_scale,
+        "drop_path_rate": row.drop_path_rate,
+    }
+    return {key: value for key, value in kwargs.items() if value is not None}
