@@ -6,9 +6,11 @@ Python headers, so one build serves every torch and Python version. Without a co
 
 import glob
 import platform
+import shutil
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -55,6 +57,17 @@ class BuildKernel(build_ext):
         return fullname.replace(".", "/") + ".so"  # a plain library: no Python ABI in its name
 
 
+class BuildWithConfigs(build_py):
+    """Adds configs/ and their index, in the place where mim and mmengine look for them in an installed package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            mim = f"{self.build_lib}/dinat_backbones/.mim"
+            shutil.copytree("configs", f"{mim}/configs", dirs_exist_ok=True)
+            shutil.copy("model-index.yml", mim)
+
+
 class PlatformWheel(bdist_wheel):
     """One wheel per platform, for every Python version."""
 
@@ -72,5 +85,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_py": BuildWithConfigs, "build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
 )

@@ -1,0 +1,107 @@
+"""ops/flops.py against what torch counts in the reference, and tools/get_flops.py against the published figures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinat_backbones import DiNAT, NeighborhoodAttention2D, neighborhood_attention_2d, zoo
+from dinat_backbones.ops.flops import attention_macs, count_macs
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import get_flops  # noqa: E402
+
+ROWS = [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values()]
+NEEDS_MMDET = "mmdet and mmseg are not installed: pip install 'dinat_backbones[openmmlab]'"
+
+
+def tensors(device, height, width, heads=2, head_dim=4, kernel_size=3):
+    with torch.device(device):
+        span = 2 * kernel_size - 1
+        return *(torch.zeros(2, height, width, heads, head_dim) for _ in range(3)), torch.zeros(heads, span, span)
+
+
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 4), (7, 2)])
+def test_products_are_those_of_the_reference(kernel_size, dilation):
+    """The reference does nothing but what is needed, and torch counts its two products; the bias is a sum there."""
+    height, width, heads, head_dim = 14, 17, 2, 4
+    query, key, value, _ = tensors("cpu", height, width, heads, head_dim)
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_attention_2d(query, key, value, kernel_size=kernel_size, dilation=dilation, impl="reference")
+    products = counter.get_total_flops() // 2
+    assert products == attention_macs(2 * height * width, heads, head_dim, kernel_size, bias=False)
+    bias = attention_macs(2 * height * width, heads, head_dim, kernel_size) - products
+    assert bias == 2 * height * width * heads * kernel_size**2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_op_on_meta_tensors(bias):
+    query, key, value, rpb = tensors("meta", 9, 11)
+
+    def call():
+        return neighborhood_attention_2d(query, key, value, rpb if bias else None, kernel_size=3, dilation=3)
+
+    assert call().shape == query.shape and call().is_meta
+    assert count_macs(call) == 2 * 9 * 11 * 2 * 9 * (4 + 4 + bias)
+    with FlopCounterMode(display=False) as counter:  # the formula is known to torch's own counter
+        call()
+    assert counter.get_total_flops() == 2 * count_macs(call)
+
+
+def test_padding_counts():
+    """A map smaller than kernel x dilation is attended to in its padded size, and projected in its own."""
+    with torch.device("meta"):
+        layer = NeighborhoodAttention2D(8, num_heads=2, kernel_size=3, dilation=4).eval()
+        macs = count_macs(layer, torch.empty(1, 5, 20, 8))
+    padded, own = 12 * 20, 5 * 20
+    assert macs == padded * 8 * 24 + attention_macs(padded, 2, 4, 3) + own * 8 * 8
+
+
+def test_layer_norm_costs_five():
+    with torch.device("meta"):
+        assert count_macs(torch.nn.LayerNorm(8), torch.empty(3, 7, 8)) == 5 * 3 * 7 * 8
+
+
+def test_trunk_on_meta_agrees_with_the_reference():
+    shape = dict(embed_dim=8, depths=[2, 1], num_heads=[1, 2], kernel_size=3, dilations=[[1, 4], [2]], mlp_ratio=2.0)
+    counts = []
+    for device, impl in (("cpu", "reference"), ("meta", None)):
+        with torch.device(device):
+            counts.append(count_macs(DiNAT(**shape, impl=impl).eval(), torch.zeros(1, 3, 40, 56)))
+    # queries x heads: the second block pads its 10 x 14 map to 12 x 14, the third its 5 x 7 map to 6 x 7
+    queries = 10 * 14 + 12 * 14 + 6 * 7 * 2
+    assert counts[1] - counts[0] == queries * 9  # the bias, which the reference adds rather than multiplies
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_published_parameters_and_macs(row):
+    for package in ("mmdet", "mmseg"):
+        pytest.importorskip(package, reason=NEEDS_MMDET)
+    counted = get_flops.count(row.name)
+    assert round(counted.params / 1e6) == row.params_m
+    assert counted.macs / 1e9 == pytest.approx(row.gmacs, rel=0.002)
+    assert counted.failures == []
+
+
+def test_differences_are_reported():
+    row = zoo.DETECTION["mask_rcnn_dinat_mini"]
+    wrong = get_flops.Count(row.name, row, params=41_000_000, macs=226_000_000_000, size=(1280, 800))
+    assert wrong.failures == ["41.00 M parameters do not round to 40 M", "226.0 G is +0.44% from 225 G"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["mask_rcnn_dinat_minni"], "mask_rcnn_dinat_minni is neither a config file nor one of: mask_rcnn_nat_mini, "),
+        ([], "give either models or --all"),
+        (["mask_rcnn_dinat_mini", "--all"], "give either models or --all"),
+    ],
+)
+def test_command_line_errors(arguments, message):
+    command = [sys.executable, str(ROOT / "tools" / "get_flops.py"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr

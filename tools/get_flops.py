@@ -1,0 +1,195 @@
+#!/usr/bin/env python
+"""Parameters and multiply-accumulates (MACs) of models, beside the published figures:
+
+    python tools/get_flops.py --all
+    python tools/get_flops.py mask_rcnn_dinat_mini configs/mmseg/dinat/CONFIG.py [--size WIDTH HEIGHT]
+
+A published model goes by its name in `dinat_backbones.zoo` or its config. MACs are counted as the published ones were
+(fvcore's convention, see dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN head, every box head on 1000
+proposals and every mask head on 100, at 1280 x 800; of a segmentor the trunk and the decode head, but not the auxiliary
+head, at 2048 x 512, or 2560 x 640 for the models of that size. Parameters are all trainable ones.
+
+Nothing is computed: models are built on torch's meta device. Only Mask2Former's head runs, on zeros: shapes depend on
+its values. Its published MACs are the average over the images of a validation set, ours are those of one size.
+
+Exit status 1 if a published model's parameters do not round to the published million, or its MACs are further than
+0.2 % from the published ones (Mask2Former: parameters alone).
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from dinat_backbones import zoo  # noqa: E402
+from dinat_backbones.ops.flops import count_macs  # noqa: E402
+
+TOLERANCE = 0.002
+PROPOSALS, DETECTIONS = 1000, 100
+MASK2FORMER_SIZE = (1280, 800)
+CONFIGS = {row.config: row for row in zoo.rows() if getattr(row, "config", None)}
+
+
+class Count(NamedTuple):
+    """One line of the table; `row` is None for a model that was not published."""
+
+    name: str
+    row: Any
+    params: int
+    macs: int
+    size: tuple[int, int]  # width, height
+
+    @property
+    def failures(self) -> list[str]:
+        """What differs from the published figures, in words."""
+        if self.row is None:
+            return []
+        words = []
+        if round(self.params / 1e6) != self.row.params_m:
+            words.append(f"{self.params / 1e6:.2f} M parameters do not round to {self.row.params_m} M")
+        if not isinstance(self.row, zoo.Mask2Former) and abs(self.difference) > TOLERANCE:
+            words.append(f"{self.macs / 1e9:.1f} G is {self.difference:+.2%} from {self.row.gmacs} G")
+        return words
+
+    @property
+    def difference(self) -> float:
+        return self.macs / 1e9 / self.row.gmacs - 1
+
+
+def count(name: str, size: tuple[int, int] | None = None) -> Count:
+    """Build the model of a published name or a config file, and count it at `size` (width, height) or the usual one.
+
+    Raises:
+        SystemExit: neither a known name nor a file, or a model that is neither detector nor segmentor.
+    """
+    row = {row.name: row for row in CONFIGS.values()}.get(name)
+    path = ROOT / "configs" / row.config if row else Path(name)
+    if row is None:
+        row = CONFIGS.get("/".join(path.parts[-3:]))
+    if not path.is_file():
+        sys.exit(f"{name} is neither a config file nor one of: {', '.join(row.name for row in CONFIGS.values())}")
+    cfg = _config(path)
+    with torch.device("meta"):
+        model = _build(cfg)
+    size = size or _usual_size(row, cfg)
+    macs = next((count for has, count in COUNTS.items() if hasattr(model, has)), None)
+    if macs is None:
+        sys.exit(f"{name}: a {type(model).__name__} is neither a two-stage detector, a segmentor nor a Mask2Former")
+    params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Count(row.name if row else path.stem, row, params, macs(model, size), size)
+
+
+def _config(path: Path) -> Any:
+    try:
+        from mmengine.config import Config
+    except ModuleNotFoundError:
+        sys.exit(f'{sys.argv[0]}: mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
+    return Config.fromfile(path)
+
+
+def _build(cfg: Any) -> nn.Module:
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    return MODELS.build(cfg.model).eval()
+
+
+def _usual_size(row: Any, cfg: Any) -> tuple[int, int]:
+    if isinstance(row, zoo.Segmentation):
+        return row.scale
+    return MASK2FORMER_SIZE if isinstance(row, zoo.Mask2Former) else zoo.Detection.flops_input
+
+
+def _features(model: nn.Module, size: tuple[int, int]) -> tuple[int, Any]:
+    """MACs of trunk and neck, and their feature maps."""
+    width, height = size
+    features: Any = None
+
+    def extract(image):
+        nonlocal features
+        features = model.extract_feat(image)
+
+    return count_macs(extract, torch.empty(1, 3, height, width, device="meta")), features
+
+
+def _detector(model: nn.Module, size: tuple[int, int]) -> int:
+    macs, features = _features(model, size)
+    macs += count_macs(model.rpn_head, features)
+    for extractors, heads, regions in (
+        (model.roi_head.bbox_roi_extractor, model.roi_head.bbox_head, PROPOSALS),
+        (model.roi_head.mask_roi_extractor, model.roi_head.mask_head, DETECTIONS),
+    ):
+        for extractor, head in zip(_list(extractors), _list(heads), strict=True):
+            shape = (regions, extractor.out_channels, *extractor.roi_layers[0].output_size)
+            macs += count_macs(head, torch.empty(shape, device="meta"))
+    return macs
+
+
+def _list(modules: nn.Module) -> list[nn.Module]:
+    return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
+
+
+def _segmentor(model: nn.Module, size: tuple[int, int]) -> int:
+    if hasattr(model.decode_head, "pixel_decoder"):
+        return _mask2former(model, size, model.decode_head)
+    macs, features = _features(model, size)
+    return macs + count_macs(model.decode_head, features)
+
+
+def _mask2former(model: nn.Module, size: tuple[int, int], head: nn.Module) -> int:
+    macs, features = _features(model, size)
+    head = head.to_empty(device="cpu")
+    for tensor in (*head.parameters(), *head.buffers()):
+        nn.init.zeros_(tensor)
+    from mmengine.structures import BaseDataElement
+
+    width, height = size
+    sample = BaseDataElement(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
+    return macs + count_macs(head, [torch.zeros(map.shape) for map in features], [sample])
+
+
+# By an attribute of the model. Classifiers come here once the package has them.
+COUNTS: dict[str, Callable[[nn.Module, tuple[int, int]], int]] = {
+    "roi_head": _detector,
+    "panoptic_head": lambda model, size: _mask2former(model, size, model.panoptic_head),
+    "decode_head": _segmentor,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="see the head of this file")
+    parser.add_argument("models", nargs="*", metavar="NAME|CONFIG", help="names of published models, config files")
+    parser.add_argument("--all", action="store_true", help="all published models that have a config")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="instead of the published size")
+    args = parser.parse_args()
+    if bool(args.models) == args.all:
+        parser.error("give either models or --all")
+    names = [row.name for row in CONFIGS.values()] if args.all else args.models
+    size = tuple(args.size) if args.size else None
+    print(f"{'model':38} {'at':>9}  {'params':>8} {'publ.':>5}  {'GMACs':>8} {'publ.':>6} {'diff.':>8}")
+    failures = []
+    for name in names:
+        line = count(name, size)
+        at = "{}x{}".format(*line.size)
+        text = f"{line.name:38} {at:>9}  {line.params / 1e6:7.2f}M"
+        if line.row is None:
+            print(f"{text} {'-':>5}  {line.macs / 1e9:8.1f}")
+            continue
+        note = "  published: average over a data set" if isinstance(line.row, zoo.Mask2Former) else ""
+        print(
+            f"{text} {line.row.params_m:4}M  {line.macs / 1e9:8.1f} {line.row.gmacs:6} {line.difference:+8.2%}{note}",
+            flush=True,
+        )
+        failures += [f"{line.name}: {words}" for words in line.failures] if size is None else []
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
