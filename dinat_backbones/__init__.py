@@ -2,7 +2,14 @@
 
 from .attention import NeighborhoodAttention2D
 from .backbone import NAT, DiNAT, DiNAT_s
-from .ops import neighborhood_attention_2d
+from .ops import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 
 __version__ = "0.1.0"
-__all__ = ["NAT", "DiNAT", "DiNAT_s", "NeighborhoodAttention2D", "neighborhood_attention_2d"]
+__all__ = [
+    "NAT",
+    "DiNAT",
+    "DiNAT_s",
+    "NeighborhoodAttention2D",
+    "neighborhood_attention_2d",
+    "neighborhood_attention_2d_qkvpacked",
+]

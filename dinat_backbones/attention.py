@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .ops import check, neighborhood_attention_2d, reference
+from .ops import check, neighborhood_attention_2d_qkvpacked, reference
 
 
 class NeighborhoodAttention2D(nn.Module):
@@ -82,15 +82,12 @@ class NeighborhoodAttention2D(nn.Module):
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(3)
         attention = None
         if return_attention or (self.training and self.attn_drop.p > 0):
-            x, attention = self._attend_with_weights(query, key, value)
+            x, attention = self._attend_with_weights(qkv)
         else:
-            x = neighborhood_attention_2d(
-                query,
-                key,
-                value,
+            x = neighborhood_attention_2d_qkvpacked(
+                qkv,
                 self.rpb,
                 kernel_size=self.kernel_size,
                 dilation=self.dilation,
@@ -103,7 +100,8 @@ class NeighborhoodAttention2D(nn.Module):
         x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
         return (x, attention) if return_attention else x
 
-    def _attend_with_weights(self, query, key, value):
+    def _attend_with_weights(self, qkv):
+        query, key, value = qkv.unbind(3)
         check(query, key, value, self.rpb, self.kernel_size, self.dilation)
         attention = reference.weights(query, key, self.rpb, self.kernel_size, self.dilation, self.scale)
         out = reference.apply_weights(self.attn_drop(attention), value, self.kernel_size, self.dilation)

@@ -319,11 +319,12 @@ def test_empty_batch():
 
 def test_registration():
     tensors, rpb, _ = draw(1, 9, 11, 2, 8, 7, dtype=torch.float32)
-    arguments = (*(t.requires_grad_() for t in tensors), rpb.requires_grad_(), 7, 1, 0.25)
+    packed = torch.stack(tensors, 3).requires_grad_()
     opcheck = getattr(torch.library, "opcheck", None)
     if opcheck is None:
         pytest.skip("torch.library.opcheck came with torch 2.4")
-    opcheck(torch.ops.dinat_backbones.na2d, arguments)
+    for qkv in ([packed], [t.requires_grad_() for t in tensors]):
+        opcheck(torch.ops.dinat_backbones.na2d, (qkv, rpb.requires_grad_(), 7, 1, 0.25))
 
 
 @pytest.mark.parametrize("impl", [None, "cpu", "tiled"])

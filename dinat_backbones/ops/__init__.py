@@ -44,19 +44,44 @@ def neighborhood_attention_2d(
         ValueError: shapes, sizes or dtypes that do not fit together, an unknown `impl`.
         RuntimeError: `impl` was named but does not support the call; the message holds all its reasons.
     """
+    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
+    return module.attention(query, key, value, *settings)
+
+
+def neighborhood_attention_2d_qkvpacked(
+    qkv: torch.Tensor,
+    rpb: torch.Tensor | None = None,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """`neighborhood_attention_2d` of query, key and value in one tensor ``[B, H, W, 3, heads, head_dim]``, the output of
+    a qkv projection. Its gradient comes in one tensor, too, which saves a copy where the implementation can do that.
+    """
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
+    query, key, value = qkv.unbind(3)
+    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
+    if hasattr(module, "attention_qkvpacked"):
+        return module.attention_qkvpacked(qkv, *settings)
+    return module.attention(query, key, value, *settings)
+
+
+def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple[types.ModuleType, tuple]:
+    """The implementation that runs this call, and what it wants to know besides query, key and value."""
     check(query, key, value, rpb, kernel_size, dilation)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    arguments = (query, key, value, rpb, kernel_size, dilation, float(scale))
-    if impl is not None:
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
-        reasons = IMPLEMENTATIONS[impl].unsupported(*arguments)
-        if reasons:
-            raise RuntimeError(f"impl={impl!r} cannot run this call: {'; '.join(reasons)}")
-        return IMPLEMENTATIONS[impl].attention(*arguments)
-    chosen = next(module for module in IMPLEMENTATIONS.values() if not module.unsupported(*arguments))
-    return chosen.attention(*arguments)
+    settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
+    if impl is None:
+        fits = (module for module in IMPLEMENTATIONS.values() if not module.unsupported(query, key, value, *settings))
+        return next(fits), settings
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
+    reasons = IMPLEMENTATIONS[impl].unsupported(query, key, value, *settings)
+    if reasons:
+        raise RuntimeError(f"impl={impl!r} cannot run this call: {'; '.join(reasons)}")
+    return IMPLEMENTATIONS[impl], settings
 
 
 def check(query, key, value, rpb, kernel_size, dilation) -> None:

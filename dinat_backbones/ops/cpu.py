@@ -107,10 +107,16 @@ def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[st
 
 def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Tensor:
     """See `neighborhood_attention_2d`."""
-    return torch.ops.dinat_backbones.na2d(query, key, value, rpb, kernel_size, dilation, scale)
+    return torch.ops.dinat_backbones.na2d([query, key, value], rpb, kernel_size, dilation, scale)
 
 
-def _call(function: str, query, key, value, rpb, kernel_size, dilation, scale, **outputs) -> None:
+def attention_qkvpacked(qkv, rpb, kernel_size, dilation, scale) -> torch.Tensor:
+    """See `neighborhood_attention_2d_qkvpacked`."""
+    return torch.ops.dinat_backbones.na2d([qkv], rpb, kernel_size, dilation, scale)
+
+
+def _call(function: str, qkv, rpb, kernel_size, dilation, scale, **outputs) -> None:
+    query, key, value = _split(qkv)
     batch, height, width, heads, dim = query.shape
     problem = _Problem(batch=batch, height=height, width=width, heads=heads, dim=dim)
     problem.kernel, problem.dilation, problem.scale = kernel_size, dilation, scale
@@ -128,61 +134,69 @@ def _call(function: str, query, key, value, rpb, kernel_size, dilation, scale, *
 
 # ---- the op, as torch sees it
 
-_SIGNATURE = "Tensor query, Tensor key, Tensor value, Tensor? rpb, int kernel_size, int dilation, float scale"
+# qkv: either query, key and value, [B, H, W, heads, head_dim] each, or all in one, [B, H, W, 3, heads, head_dim]
+_SIGNATURE = "Tensor[] qkv, Tensor? rpb, int kernel_size, int dilation, float scale"
 _ops = torch.library.Library("dinat_backbones", "DEF")
 _ops.define(f"na2d({_SIGNATURE}) -> Tensor")
-# The gradient of the three is one [B, H, W, 3, heads, head_dim] tensor, laid out like the output of a qkv projection.
+# The gradient of the three always comes in one, so that a packed qkv gets it without a copy.
 _ops.define(f"na2d_backward(Tensor grad_out, {_SIGNATURE}) -> (Tensor grad_qkv, Tensor grad_rpb)")
 
 
+def _split(qkv):
+    return qkv[0].unbind(3) if len(qkv) == 1 else qkv
+
+
 @torch.library.impl(_ops, "na2d", "Meta")
-def _forward_meta(query, key, value, rpb, kernel_size, dilation, scale):
+def _forward_meta(qkv, rpb, kernel_size, dilation, scale):
+    query = _split(qkv)[0]
     return query.new_empty(query.shape)
 
 
 @torch.library.impl(_ops, "na2d_backward", "Meta")
-def _backward_meta(grad_out, query, key, value, rpb, kernel_size, dilation, scale):
+def _backward_meta(grad_out, qkv, rpb, kernel_size, dilation, scale):
+    query = _split(qkv)[0]
     batch, height, width, heads, dim = query.shape
     grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
     return query.new_empty((batch, height, width, 3, heads, dim)), grad_rpb
 
 
 @torch.library.impl(_ops, "na2d", "CPU")
-def _forward(query, key, value, rpb, kernel_size, dilation, scale):
-    out = _forward_meta(query, key, value, rpb, kernel_size, dilation, scale)
+def _forward(qkv, rpb, kernel_size, dilation, scale):
+    out = _forward_meta(qkv, rpb, kernel_size, dilation, scale)
     if out.numel():
-        _call("na2d_forward", query, key, value, rpb, kernel_size, dilation, scale, out=out)
+        _call("na2d_forward", qkv, rpb, kernel_size, dilation, scale, out=out)
     return out
 
 
 @torch.library.impl(_ops, "na2d_backward", "CPU")
-def _backward(grad_out, query, key, value, rpb, kernel_size, dilation, scale):
-    grad_qkv, grad_rpb = _backward_meta(grad_out, query, key, value, rpb, kernel_size, dilation, scale)
+def _backward(grad_out, qkv, rpb, kernel_size, dilation, scale):
+    grad_qkv, grad_rpb = _backward_meta(grad_out, qkv, rpb, kernel_size, dilation, scale)
     sums = torch.zeros(grad_rpb.shape, dtype=torch.float32)
     if grad_qkv.numel():
         gradients = dict(zip(("grad_query", "grad_key", "grad_value"), grad_qkv.unbind(3), strict=True))
         if rpb is not None:
             gradients["grad_rpb"] = sums
-        _call("na2d_backward", query, key, value, rpb, kernel_size, dilation, scale, grad_out=grad_out, **gradients)
+        _call("na2d_backward", qkv, rpb, kernel_size, dilation, scale, grad_out=grad_out, **gradients)
     return grad_qkv, sums.to(grad_rpb.dtype)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, rpb, *settings):
-        ctx.save_for_backward(query, key, value, rpb)
-        ctx.settings = settings
+    def forward(ctx, rpb, kernel_size, dilation, scale, *qkv):
+        ctx.save_for_backward(rpb, *qkv)
+        ctx.settings = kernel_size, dilation, scale
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.dinat_backbones.na2d(query, key, value, rpb, *settings)
+            return torch.ops.dinat_backbones.na2d(qkv, rpb, *ctx.settings)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, rpb = ctx.saved_tensors
-        grad_qkv, grad_rpb = torch.ops.dinat_backbones.na2d_backward(grad_out, query, key, value, rpb, *ctx.settings)
-        return *grad_qkv.unbind(3), None if rpb is None else grad_rpb, None, None, None
+        rpb, *qkv = ctx.saved_tensors
+        grad_qkv, grad_rpb = torch.ops.dinat_backbones.na2d_backward(grad_out, qkv, rpb, *ctx.settings)
+        grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(3)
+        return None if rpb is None else grad_rpb, None, None, None, *grads
 
 
 @torch.library.impl(_ops, "na2d", "Autograd")
-def _differentiable(query, key, value, rpb, kernel_size, dilation, scale):
-    return _Attention.apply(query, key, value, rpb, kernel_size, dilation, scale)
+def _differentiable(qkv, rpb, kernel_size, dilation, scale):
+    return _Attention.apply(rpb, kernel_size, dilation, scale, *qkv)

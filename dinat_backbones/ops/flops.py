@@ -28,8 +28,8 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
 
 
 @register_flop_formula(torch.ops.dinat_backbones.na2d)  # for everyone who uses torch's counter
-def _na2d(query, key, value, rpb, kernel_size, *args, **kwargs) -> int:
-    batch, height, width, heads, head_dim = query
+def _na2d(qkv, rpb, kernel_size, *args, **kwargs) -> int:
+    batch, height, width, *_, heads, head_dim = qkv[0]  # query, or all three in one
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)
 
 

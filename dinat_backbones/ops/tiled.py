@@ -2,15 +2,15 @@
 
 Along each axis the queries of one residue class are cut into tiles of consecutive positions. A tile and all the keys
 its windows touch form a small dense problem with a mask, that is, matrix products of a fixed size. Tiles are processed
-in chunks of bounded size, and each chunk is recomputed for the backward pass instead of being kept.
+in chunks of bounded size; the backward pass recomputes each chunk's weights and adds up its gradients in place.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 TILE = 8  # most queries per tile along an axis; wider ones see more keys in vain, narrower ones multiply slowly
 CHUNK_ELEMENTS = 1 << 21  # logits in flight: 8 MiB in float32, and about three times that with what softmax needs
@@ -73,24 +73,83 @@ def _cut(length: int, kernel_size: int, dilation: int, device: torch.device) -> 
     )
 
 
-def _chunk(query, key, value, bias, rows: _Axis, columns: _Axis, width: int):
-    """One chunk of row tiles: ``[B, heads, row tiles * column tiles * queries of a tile, head_dim]``.
+class _Chunk(NamedTuple):
+    """Some of the tiles; indices into the flattened map."""
 
-    `query`, `key`, `value` are ``[B, heads, H * W, head_dim]``, `bias` is ``[heads, row kinds, column kinds, queries of
-    a tile, keys of a tile]``.
-    """
-    batch, heads, _, dim = query.shape
-    tiles = len(rows.kind) * len(columns.kind)
+    queries: torch.Tensor  # [tiles * queries of a tile]
+    keys: torch.Tensor  # [tiles * keys of a tile]
+    kinds: torch.Tensor  # [tiles] index into the bias
 
-    def gather(source, row_index, column_index):
-        index = row_index[:, None, :, None] * width + column_index[None, :, None, :]
-        return source.index_select(2, index.flatten()).view(batch, heads, tiles, index[0, 0].numel(), dim)
 
-    kinds = (rows.kind[:, None] * bias.shape[2] + columns.kind).flatten()
-    bias = bias.flatten(1, 2).index_select(1, kinds)
-    logits = gather(query, rows.queries, columns.queries) @ gather(key, rows.keys, columns.keys).transpose(-1, -2)
-    weights = (logits.to(bias.dtype) + bias).softmax(-1).to(value.dtype)
-    return (weights @ gather(value, rows.keys, columns.keys)).flatten(2, 3)
+def _chunks(rows: _Axis, columns: _Axis, width: int, logits_per_tile: int) -> Iterator[_Chunk]:
+    def over(row, column):  # every row tile with every column tile: [row tiles, column tiles, row slots, column slots]
+        return row[:, None, :, None], column[None, :, None, :]
+
+    step = max(1, CHUNK_ELEMENTS // max(1, logits_per_tile * len(columns.kind)))
+    for at in range(0, len(rows.kind), step):
+        part = slice(at, at + step)
+        query_row, query_column = over(rows.queries[part], columns.queries)
+        key_row, key_column = over(rows.keys[part], columns.keys)
+        yield _Chunk(
+            (query_row * width + query_column).flatten(),
+            (key_row * width + key_column).flatten(),
+            (rows.kind[part, None] * columns.bias.shape[0] + columns.kind).flatten(),
+        )
+
+
+def _pick(source: torch.Tensor, index: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Pixels of ``[B, heads, H * W, head_dim]`` by tile: ``[B, heads, tiles, pixels of a tile, head_dim]``."""
+    picked = source.index_select(2, index)
+    return picked.view(*picked.shape[:2], tiles, -1, picked.shape[3])
+
+
+def _weights(query, key, bias, chunk: _Chunk):
+    """Queries and keys of a chunk by tile, and their attention weights in the dtype of `bias`."""
+    tiles = len(chunk.kinds)
+    query, key = _pick(query, chunk.queries, tiles), _pick(key, chunk.keys, tiles)
+    logits = (query @ key.transpose(-1, -2)).to(bias.dtype) + bias.index_select(1, chunk.kinds)
+    return query, key, logits.softmax(-1)
+
+
+class _Attention(torch.autograd.Function):
+    """On ``[B, heads, H * W, head_dim]``, the query already scaled; `bias` is ``[heads, kinds, queries of a tile, keys of
+    a tile]``. Returns ``[B, heads, tiles * queries of a tile, head_dim]``."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, bias, rows, columns, width):
+        ctx.save_for_backward(query, key, value, bias)
+        ctx.cut = rows, columns, width, query.shape[0] * bias[:, 0].numel()
+        parts = []
+        for chunk in _chunks(*ctx.cut):
+            weights = _weights(query, key, bias, chunk)[2].to(value.dtype)
+            parts.append((weights @ _pick(value, chunk.keys, len(chunk.kinds))).flatten(2, 3))
+        return torch.cat(parts, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, bias = ctx.saved_tensors
+        grads = [torch.zeros_like(t, dtype=bias.dtype) for t in (query, key, value, bias)]
+        grad_query, grad_key, grad_value, grad_bias = grads
+        at = 0
+        for chunk in _chunks(*ctx.cut):
+            tiles = len(chunk.kinds)
+            q, k, weights = _weights(query, key, bias, chunk)
+            v = _pick(value, chunk.keys, tiles)
+            g = grad_out[:, :, at : at + len(chunk.queries)].unflatten(2, (tiles, -1))
+            at += len(chunk.queries)
+
+            def add(grad, index, tiled):
+                grad.index_add_(2, index, tiled.flatten(2, 3).to(grad.dtype))
+
+            add(grad_value, chunk.keys, weights.to(v.dtype).transpose(-1, -2) @ g)
+            grad_logits = (g @ v.transpose(-1, -2)).to(weights.dtype)
+            grad_logits = weights * (grad_logits - (weights * grad_logits).sum(-1, keepdim=True))
+            grad_bias.index_add_(1, chunk.kinds, grad_logits.sum(0))
+            grad_logits = grad_logits.to(q.dtype)
+            add(grad_query, chunk.queries, grad_logits @ k)
+            add(grad_key, chunk.keys, grad_logits.transpose(-1, -2) @ q)
+        return *(grad.to(t.dtype) for grad, t in zip(grads, ctx.saved_tensors, strict=True)), None, None, None
 
 
 def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Tensor:
@@ -104,21 +163,12 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
     table = F.pad(table, (0, 1, 0, 1), value=-math.inf)  # index 2K-1: not in the window
     # [heads, row kinds, column kinds, query rows, query columns, key rows, key columns]
     bias = table[:, rows.bias[:, None, :, None, :, None], columns.bias[None, :, None, :, None, :]]
-    bias = bias.flatten(3, 4).flatten(4, 5)
+    bias = bias.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
-    query, key, value = ((t.permute(0, 3, 1, 2, 4).flatten(2, 3)).contiguous() for t in (query * scale, key, value))
-    per_row_tile = batch * heads * len(columns.kind) * bias[0, 0, 0].numel()
-    step = max(1, CHUNK_ELEMENTS // max(1, per_row_tile))
-    parts = []
-    for at in range(0, len(rows.kind), step):
-        stop = at + step
-        part = _Axis(rows.queries[at:stop], rows.keys[at:stop], rows.kind[at:stop], *rows[3:])
-        arguments = (query, key, value, bias, part, columns, width)
-        if torch.is_grad_enabled() and len(rows.kind) > step:
-            parts.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_chunk(*arguments))
+    query, key, value = (t.permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (query * scale, key, value))
+    out = _Attention.apply(query, key, value, bias, rows, columns, width)
+    # Every position is taken from one slot; slots that repeat a position get no gradient.
     tile = rows.tile[:, None] * len(columns.kind) + columns.tile
     slot = (tile * rows.queries.shape[1] + rows.place[:, None]) * columns.queries.shape[1] + columns.place
-    out = torch.cat(parts, 2).index_select(2, slot.flatten())
+    out = out.index_select(2, slot.flatten())
     return out.view(batch, heads, height, width, dim).permute(0, 2, 3, 1, 4).contiguous()

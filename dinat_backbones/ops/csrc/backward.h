@@ -16,10 +16,11 @@ struct Backward {
   Tile<T> tile;
   const Na2dProblem& p;
   const Item& item;
-  const int64_t dims, query_ld, own_ld, own_vectors, own_from, own_to;  // own_from, own_to: vectors of the owned queries
-  float *grad_out, *grad_logits, *grad_queries, *grad_keys, *grad_values, *table;
-  std::vector<std::pair<int64_t, int64_t>> reached;  // per vector of owned keys: relative positions they are attended from
+  const int64_t dims, ld, own_columns, own_row, own_from, own_to;  // own_from, own_to: vectors of the owned queries
+  float *keys, *values, *queries, *grad_out, *grad_out_planes;     // pixels but for values and grad_out_planes
+  float *logits, *inverse, *grad_logits, *grad_queries, *grad_keys, *grad_values, *table;
   int64_t flushed;
+  Gather sums;
 
   static int64_t query_begin(const Na2dProblem& p, const Columns& columns, const Item& item) {
     int64_t begin = item.column_begin;
@@ -35,32 +36,33 @@ struct Backward {
   }
 
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
-    const int64_t K = p.kernel, span = 2 * K - 1, dims = round_up(p.dim, kDimPad);
+    const int64_t K = p.kernel, span = 2 * K - 1, ring = kRows + K - 1;
     const int64_t queries = std::min(p.width, columns + 2 * (K - 1) * p.dilation + L);
-    return Tile<T>::floats(p, queries) + kRows * (2 * dims + K * span) * leading(queries + 3 * L) +
-           2 * (kRows + K - 1) * dims * leading(columns + 3 * L) + span * span * L;
+    const int64_t keys = Tile<T>::key_columns(p, queries), planes = round_up(p.dim, kDimPad), dims = round_up(p.dim, L);
+    const int64_t ld = leading(queries + 3 * L);
+    return Tile<T>::floats(p, queries) + ring * (planes * leading(keys + 3 * L) + dims * keys) +
+           kRows * (planes * ld + 2 * dims * queries) + kRows * (2 * K * span + 1) * ld + (kRows + 2 * ring) * dims * columns +
+           span * span * L;
   }
 
   Backward(const Na2dProblem& p, const Columns& columns, const Item& item, float*& scratch)
       : tile(p, columns, item, query_begin(p, columns, item), query_end(p, columns, item), scratch), p(p), item(item),
-        dims(tile.dims), query_ld(tile.query_ld), own_ld(leading(item.column_end - item.column_begin + 3 * L)),
-        own_vectors((item.column_end - item.column_begin + L - 1) / L), own_from((item.column_begin - tile.begin) / L),
-        own_to(own_from + own_vectors), flushed(item.row_begin) {
-    const int64_t weight_rows = kRows * tile.K * tile.span;
-    grad_out = tile.take(scratch, kRows * dims, query_ld, tile.end - tile.begin);
-    grad_logits = tile.take(scratch, weight_rows, query_ld, 0);
-    grad_queries = tile.take(scratch, kRows * dims, query_ld, 0);
-    grad_keys = tile.take(scratch, tile.ring * dims, own_ld, 0);
-    grad_values = tile.take(scratch, tile.ring * dims, own_ld, 0);
-    for (int64_t x = item.column_begin; x < item.column_end; x += L) {
-      const int64_t stop = std::min(x + L, item.column_end);
-      reached.emplace_back(*std::min_element(columns.key_low + x, columns.key_low + stop),
-                           *std::max_element(columns.key_high + x, columns.key_high + stop));
-    }
-    table = scratch;
+        dims(tile.vector_dims), ld(tile.query_ld), own_columns(item.column_end - item.column_begin), own_row(own_columns * dims),
+        own_from((item.column_begin - tile.begin) / L), own_to(own_from + (own_columns + L - 1) / L), flushed(item.row_begin) {
+    values = tile.take_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
+    grad_out_planes = tile.take_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
+    keys = tile.take(scratch, tile.ring * tile.key_row_pixels());
+    queries = tile.take(scratch, kRows * tile.row_pixels());
+    grad_out = tile.take(scratch, kRows * tile.row_pixels());
+    logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
+    grad_logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
+    inverse = tile.take(scratch, kRows * ld);
+    grad_queries = tile.take(scratch, kRows * own_row);
+    grad_keys = tile.take(scratch, tile.ring * own_row);
+    grad_values = tile.take(scratch, tile.ring * own_row);
+    std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
+    table = tile.take(scratch, tile.span * tile.span * L);
     std::fill(table, table + tile.span * tile.span * L, 0.f);
-    // Relative positions no lane of a vector attends to are never written, but read for the keys: they stay zero.
-    std::fill(tile.logits, tile.logits + weight_rows * query_ld - L, 0.f);
   }
 
   // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
@@ -68,23 +70,23 @@ struct Backward {
     for (int64_t v = 0; v < tile.vectors; ++v) {
       const Range& reach = tile.ranges[v];
       for (int64_t r = 0; r < tile.rows; ++r) {
-        const Vec inverse = load(tile.inverse + r * query_ld + v * L);
+        const Vec inverted = load(inverse + r * ld + v * L);
         const bool owned = owns(tile.row + r) && v >= own_from && v < own_to;
         const int64_t top = tile.start(tile.row + r) - (tile.row + r) + tile.K - 1;
         Vec mean{};
         for (int64_t i = 0; i < tile.K; ++i) {
-          int64_t at = tile.place(r, i, reach.low) + v * L;
-          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += query_ld) {
-            const Vec weight = load(tile.logits + at) * inverse;
-            store(tile.logits + at, weight);
+          int64_t at = tile.place(r, i, reach.low, ld) + v * L;
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld) {
+            const Vec weight = load(logits + at) * inverted;
+            store(logits + at, weight);
             mean += select(weight > Vec{}, weight * load(grad_logits + at), Vec{});
           }
         }
         for (int64_t i = 0; i < tile.K; ++i) {
-          int64_t at = tile.place(r, i, reach.low) + v * L;
+          int64_t at = tile.place(r, i, reach.low, ld) + v * L;
           float* cell = table + ((top + i) * tile.span + reach.low + tile.K - 1) * L;
-          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += query_ld, cell += L) {
-            const Vec weight = load(tile.logits + at);
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld, cell += L) {
+            const Vec weight = load(logits + at);
             const Vec gradient = select(weight == Vec{}, Vec{}, weight * (load(grad_logits + at) - mean));
             store(grad_logits + at, gradient);
             if (owned) store(cell, load(cell) + gradient);
@@ -96,75 +98,65 @@ struct Backward {
 
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
 
-  // target[key row][dim][column] += sum over the queries of the tile that attend to the key of weight * source: the
-  // transpose of Tile::combine, gathering over shifted weights and sources.
-  void scatter(const float* weights, const float* source, float* target) const {
-    tile.for_groups(0, own_vectors, [&](int64_t v_first, int64_t v_last) {
-      for_sources([&](int64_t r, int64_t k, int64_t count) {
-        for (int64_t d = 0; d < dims; d += kDims)
-          for (int64_t v = v_first; v < v_last; ++v) scatter_of(weights, source, target, v, d, r, k, count);
-      });
-    });
-  }
-
-  // Calls body(tile row, first of some owned key rows in its window, their number).
-  template <class Body>
-  void for_sources(Body body) const {
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t top = tile.start(tile.row + r), stop = std::min(top + tile.K, item.row_end);
-      for (int64_t k = std::max(top, item.row_begin); k < stop; k += kRows) body(r, k, std::min<int64_t>(kRows, stop - k));
+  // target[key row][column][dim] += sum over the queries of the tile that attend to the key of weight * source: the transpose
+  // of Tile::combine.
+  void scatter(const float* weights, const float* source, float* target) {
+    const int64_t x = item.column_begin - tile.begin;
+    sums.weight_step = ld - p.dilation, sums.pixel_step = -p.dilation * dims, sums.dims = dims;
+    const int64_t stop = std::min(tile.stop(), item.row_end);
+    for (int64_t k = std::max(tile.start(tile.row), item.row_begin); k < stop; k += kRows) {
+      sums.rows = int(std::min<int64_t>(kRows, stop - k));
+      sums.sources.clear();
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const int64_t top = tile.start(tile.row + r), first = std::max(top - k, int64_t(0));
+        const int64_t count = std::min<int64_t>(sums.rows, top + tile.K - k) - first;
+        if (count <= 0) continue;
+        Source rows{source + r * tile.row_pixels() + x * dims, {}, int(first), int(count)};
+        for (int64_t a = 0; a < count; ++a) rows.weights[a] = weights + tile.place(r, k + first + a - top, 0, ld) + x;
+        sums.sources.push_back(rows);
+      }
+      for (int64_t a = 0; a < sums.rows; ++a) sums.targets[a] = target + tile.slot(k + a) * own_row;
+      const int64_t at = item.column_begin;
+      gather(sums, 0, own_columns, tile.columns.key_low + at, tile.columns.key_high + at, true);
     }
   }
 
-  void scatter_of(const float* weights, const float* source, float* target, int64_t v, int64_t d, int64_t r, int64_t k,
-                  int64_t count) const {
-    const int64_t x = item.column_begin + v * L, top = tile.start(tile.row + r);
-    const int64_t low = reached[v].first, high = reached[v].second;
-    const int64_t from = x - low * p.dilation - tile.begin;
-    const float* weight[kRows];
-    float* out[kRows];
-    for (int64_t a = 0; a < count; ++a) {
-      weight[a] = weights + tile.place(r, k + a - top, low) + from;
-      out[a] = target + ((k + a) % tile.ring * dims + d) * own_ld + v * L;
-    }
-    with_rows(count, [&](auto rows_of) {
-      mix<decltype(rows_of)::value, false>(weight, query_ld - p.dilation, source + (r * dims + d) * query_ld + from,
-                                           query_ld, -p.dilation, high - low + 1, out, own_ld, nullptr, 0, 0);
-    });
+  void hand_out(const Na2dView& view, int64_t position, float factor, float* pixels) const {
+    uncopy<T>(view, p, item.batch, tile.map_row(position), item.head, item.column_begin, item.column_end, factor, nullptr, pixels,
+              dims);
   }
 
   // Hands out the key rows below `stop`: no later tile adds to them.
   void flush(int64_t stop) {
-    for (; flushed < std::min(stop, item.row_end); ++flushed) {
-      const int64_t at = flushed % tile.ring * dims * own_ld;
-      tile.unpack_row(p.grad_key, flushed, item.column_begin, item.column_end, 1, nullptr, grad_keys + at, own_ld);
-      tile.unpack_row(p.grad_value, flushed, item.column_begin, item.column_end, 1, nullptr, grad_values + at, own_ld);
-      std::fill(grad_keys + at, grad_keys + at + dims * own_ld - L, 0.f);
-      std::fill(grad_values + at, grad_values + at + dims * own_ld - L, 0.f);
-    }
+    for (; flushed < std::min(stop, item.row_end); ++flushed)
+      for (const auto& [view, rows] : {std::pair(&p.grad_key, grad_keys), std::pair(&p.grad_value, grad_values)}) {
+        float* const pixels = rows + tile.slot(flushed) * own_row;
+        hand_out(*view, flushed, 1, pixels);
+        std::fill(pixels, pixels + own_row, 0.f);
+      }
   }
 
   void run(float* grad_rpb) {
-    const int64_t row_floats = dims * query_ld;
     const int64_t first = first_query(item.row_begin, tile.K), stop = last_query(item.row_end - 1, tile.length, tile.K) + 1;
     for (int64_t row = first; row < stop; row += kRows) {
-      tile.enter(row, std::min<int64_t>(kRows, stop - row));
-      for (int64_t r = 0; r < tile.rows; ++r)
-        tile.pack_row(p.grad_out, row + r, tile.begin, tile.end, 1, grad_out + r * row_floats, query_ld);
-      tile.product(tile.queries, tile.keys, tile.logits);
-      tile.softmax();
-      tile.product(grad_out, tile.values, grad_logits);
+      tile.enter(row, std::min<int64_t>(kRows, stop - row), [&](int64_t k) {
+        tile.pack_keys(p.value, k, values);
+        tile.copy_keys(p.key, k, keys);
+      });
+      tile.pack_queries(p.grad_out, 1, grad_out_planes);
+      tile.copy_queries(p.grad_out, 1, grad_out);
+      tile.copy_queries(p.query, p.scale, queries);
+      tile.product(tile.queries, tile.keys, logits, ld, 0, tile.vectors);
+      tile.softmax(logits, inverse, ld, 0, tile.vectors);
+      tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);
       softmax_gradient();
       if (row < item.row_end && row + tile.rows > item.row_begin) {
-        std::fill(grad_queries, grad_queries + tile.rows * row_floats - L, 0.f);
-        tile.combine(grad_logits, tile.keys, grad_queries, own_from, own_to);
+        tile.combine(sums, grad_logits, ld, 0, keys, grad_queries, own_row, own_from, own_to);
         for (int64_t r = 0; r < tile.rows; ++r)
-          if (owns(row + r))
-            tile.unpack_row(p.grad_query, row + r, item.column_begin, item.column_end, p.scale, nullptr,
-                            grad_queries + r * row_floats + own_from * L, query_ld);
+          if (owns(row + r)) hand_out(p.grad_query, row + r, p.scale, grad_queries + r * own_row);
       }
-      scatter(tile.logits, grad_out, grad_values);
-      scatter(grad_logits, tile.queries, grad_keys);
+      scatter(logits, grad_out, grad_values);
+      scatter(grad_logits, queries, grad_keys);
       flush(row + tile.rows < stop ? tile.start(row + tile.rows) : item.row_end);
     }
     for (int64_t t = 0; t < tile.span * tile.span; ++t) {

@@ -1,11 +1,11 @@
 // The kernels, compiled once per instruction set (NA2D_ISA names it, NA2D_LANES is its vector width in floats).
 //
-// Layout. Lanes are neighboring columns of one map row. Rows of q, k, v are transposed into scratch as [dim][column], so
-// that the key at relative position `delta` of all lanes is the vector `delta * dilation` columns further, whatever the
-// dilation. Windows differ between lanes only near the left and right border; vectors there compute the union of their
-// windows and mask. Rows of one residue class are handled kRows at a time and share every key row they load.
-//
-// Logits and weights are stored as [query row][window row][delta + K - 1][column].
+// Layout. Scores are computed with lanes that are neighboring columns of one map row: rows of q and k are transposed into
+// planes, [dim][column], so that the key at relative position `delta` of all lanes is the vector `delta * dilation` columns
+// further, whatever the dilation. Windows differ between lanes only near the left and right border; vectors there compute the
+// union of their windows and mask. Weighted sums are computed with lanes that are dims: rows lie as pixels, [column][dim], each
+// weight is one number for all lanes, and every column takes exactly its own window.
+// Rows of one residue class are handled kRows at a time and share every row they load.
 #include <algorithm>
 
 #include "backward.h"
@@ -18,22 +18,32 @@ namespace {
 template <class T>
 void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   Tile<T> tile(p, columns, item, item.column_begin, item.column_end, scratch);
-  const int64_t row_floats = tile.dims * tile.query_ld;
-  float* const out = tile.take(scratch, kRows * tile.dims, tile.query_ld, 0);
+  const int64_t group = std::min(Tile<T>::group(p), tile.vectors), ld = leading(group * L);
+  const int64_t out_row = group * L * tile.vector_dims;
+  float* const values = tile.take(scratch, tile.ring * tile.key_row_pixels());
+  float* const logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
+  float* const inverse = tile.take(scratch, kRows * ld);
+  float* const out = tile.take(scratch, kRows * out_row);
+  Gather sums;
   for (int64_t row = item.row_begin; row < item.row_end; row += kRows) {
-    tile.enter(row, std::min<int64_t>(kRows, item.row_end - row));
-    tile.product(tile.queries, tile.keys, tile.logits);
-    tile.softmax();
-    std::fill(out, out + tile.rows * row_floats - L, 0.f);
-    tile.combine(tile.logits, tile.values, out, 0, tile.vectors);
-    for (int64_t r = 0; r < tile.rows; ++r)
-      tile.unpack_row(p.out, row + r, tile.begin, tile.end, 1, tile.inverse + r * tile.query_ld, out + r * row_floats,
-                      tile.query_ld);
+    tile.enter(row, std::min<int64_t>(kRows, item.row_end - row), [&](int64_t k) { tile.copy_keys(p.value, k, values); });
+    for (int64_t from = 0; from < tile.vectors; from += group) {
+      const int64_t to = std::min(from + group, tile.vectors), x = tile.begin + from * L;
+      tile.product(tile.queries, tile.keys, logits, ld, from, to);
+      tile.softmax(logits, inverse, ld, from, to);
+      tile.combine(sums, logits, ld, from, values, out, out_row, from, to);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        uncopy<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + group * L, tile.end), 1,
+                  inverse + r * ld, out + r * out_row, tile.vector_dims);
+    }
   }
 }
 
 int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
-  return Tile<float>::floats(p, columns) + kRows * round_up(p.dim, kDimPad) * leading(columns + 3 * L);
+  const int64_t K = p.kernel, dims = round_up(p.dim, L);
+  const int64_t wide = std::min(Tile<float>::group(p) * L, round_up(columns, L));
+  return Tile<float>::floats(p, columns) + (kRows + K - 1) * Tile<float>::key_columns(p, columns) * dims +
+         kRows * ((K * (2 * K - 1) + 1) * leading(wide) + wide * dims);
 }
 
 void forward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {

@@ -75,19 +75,20 @@ struct Arena {
 };
 
 struct Geometry {
-  std::vector<int32_t> first, key_low, key_high;
+  std::vector<int32_t> first, last, key_low, key_high;
   explicit Geometry(const Na2dProblem& p) {
     const int64_t padded = p.width + 2 * kAlign;
-    first.resize(padded), key_low.resize(padded), key_high.resize(padded);
+    first.resize(padded), last.resize(padded), key_low.resize(padded), key_high.resize(padded);
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t x = std::min(i, p.width - 1), position = x / p.dilation;
       const int64_t length = class_length(p.width, p.dilation, x % p.dilation);
       first[i] = int32_t(window_start(position, length, p.kernel) - position);
+      last[i] = first[i] + p.kernel - 1;
       key_low[i] = int32_t(position - last_query(position, length, p.kernel));
       key_high[i] = int32_t(position - first_query(position, p.kernel));
     }
   }
-  Columns columns() const { return {first.data(), key_low.data(), key_high.data()}; }
+  Columns columns() const { return {first.data(), last.data(), key_low.data(), key_high.data()}; }
 };
 
 // Columns per item: as many as keep the scratch near `bytes`, in equal strips.
@@ -160,7 +161,7 @@ int run(Job& job) {
   return job.out_of_memory;
 }
 
-constexpr int64_t kForwardBytes = 2 << 20, kBackwardBytes = 4 << 20;
+constexpr int64_t kForwardBytes = 1 << 20, kBackwardBytes = 4 << 20;
 
 }  // namespace
 }  // namespace na2d

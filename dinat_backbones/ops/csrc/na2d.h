@@ -50,6 +50,7 @@ struct Item {
 // What every item of one call needs to know about the columns; arrays of `width` and some more, see Geometry in na2d.cpp.
 struct Columns {
   const int32_t* first;     // window start minus query position, -(K-1)..0
+  const int32_t* last;      // first + K - 1
   const int32_t* key_low;   // smallest and largest (key - query position) over the queries that attend to a key
   const int32_t* key_high;
 };

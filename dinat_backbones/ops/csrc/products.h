@@ -1,6 +1,7 @@
 // The two inner loops: dot products of queries with their neighbors, and weighted sums over neighbors.
 #pragma once
 #include <type_traits>
+#include <vector>
 
 #include "vector.h"
 
@@ -8,6 +9,7 @@ namespace na2d {
 namespace {
 
 // out[r][j] (+)= sum over dims of a[r][dim] * b[dim][j * step]: rows r of queries against Deltas neighbors in one key row.
+// Lanes are columns.
 template <int Rows, int Deltas>
 void dots(const float* a, int64_t a_row, int64_t a_ld, const float* b, int64_t b_ld, int64_t step, int64_t dims,
           bool accumulate, float* const* out, int64_t out_ld) {
@@ -42,39 +44,104 @@ inline void dots_of(int64_t deltas, Args... args) {
   dots<Rows, Deltas>(args...);
 }
 
-// out[r][dim] += sum over `deltas` neighbors of weight[r][neighbor] * value[dim][neighbor], for kDims dims. Neighbors are
-// w_step and v_step apart; where Masked, values of lanes outside [first, first + K) of their own window count as zero.
-template <int Rows, bool Masked>
-void mix(const float* const* weight, int64_t w_step, const float* value, int64_t v_ld, int64_t v_step, int64_t deltas,
-         float* const* out, int64_t out_ld, const int32_t* first, int32_t delta, int32_t kernel) {
-  Vec sum[Rows][kDims];
+// A row of pixels that `count` target rows, from the `first` one on, sum up with weights of their own. Pointers are those
+// of column 0 at relative position 0.
+struct Source {
+  const float* pixels;  // [column][dim]
+  const float* weights[kRows];
+  int first, count;
+};
+
+struct Gather {
+  std::vector<Source> sources;
+  int64_t weight_step, pixel_step;  // floats from one relative position to the next
+  int64_t dims;                     // floats of a pixel, whole vectors
+  float* targets[kRows];            // [column][dim]
+  int rows;
+};
+
+// Adds the neighbors [0, deltas) of `Pixels` neighboring pixels of one source. Lanes are dims.
+template <int First, int Count, int Pixels, int Vecs>
+inline __attribute__((always_inline)) void add_source(Vec (&sum)[Pixels][kRows][Vecs], const Source& source, int64_t weight_at,
+                                                      int64_t weight_step, int64_t pixel_at, int64_t pixel_step,
+                                                      int64_t pixel_dims, int64_t deltas) {
+  const float* weight[Count];
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
+  for (int r = 0; r < Count; ++r) weight[r] = source.weights[r] + weight_at;
+  const float* pixel = source.pixels + pixel_at;
+  for (int64_t j = 0; j < deltas; ++j, pixel += pixel_step) {
+#pragma GCC unroll 4
+    for (int p = 0; p < Pixels; ++p) {
+      Vec w[Count];
 #pragma GCC unroll 8
-    for (int i = 0; i < kDims; ++i) sum[r][i] = load(out[r] + i * out_ld);
-  for (int64_t j = 0; j < deltas; ++j) {
-    Vec w[Rows];
+      for (int r = 0; r < Count; ++r) w[r] = splat(weight[r][p]);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) w[r] = load(weight[r] + j * w_step);
-    IntVec inside{};
-    if constexpr (Masked) {
-      const IntVec offset = splat(int32_t(delta + j)) - load(first);
-      inside = (offset >= 0) & (offset < splat(kernel));
+      for (int i = 0; i < Vecs; ++i) {
+        Vec x = load(pixel + p * pixel_dims + i * L);
+        in_register(x);
+#pragma GCC unroll 8
+        for (int r = 0; r < Count; ++r) sum[p][First + r][i] += w[r] * x;
+      }
     }
-    const float* v = value + j * v_step;
 #pragma GCC unroll 8
-    for (int i = 0; i < kDims; ++i) {
-      Vec x = load(v + i * v_ld);
-      if constexpr (Masked) x = Vec(IntVec(x) & inside);
-      in_register(x);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) sum[r][i] += w[r] * x;
+    for (int r = 0; r < Count; ++r) weight[r] += weight_step;
+  }
+}
+
+// targets[r][x][dim] (+)= sum over sources and relative positions [low, high] of weight * pixel, for `Vecs` vectors of dims
+// from `d` on and `Pixels` columns from x on. The sums stay in registers all the way.
+template <int Pixels, int Vecs>
+void gather_at(const Gather& g, int64_t x, int64_t d, int64_t low, int64_t high, bool accumulate) {
+  Vec sum[Pixels][kRows][Vecs] = {};
+  for (const Source& source : g.sources) {
+    const auto add = [&](auto first, auto count) __attribute__((always_inline)) {
+      add_source<decltype(first)::value, decltype(count)::value, Pixels, Vecs>(
+          sum, source, x + low * g.weight_step, g.weight_step, x * g.dims + d + low * g.pixel_step, g.pixel_step, g.dims,
+          high - low + 1);
+    };
+    using std::integral_constant;
+    static_assert(kRows == 3);
+    switch (source.first * kRows + source.count) {
+      case 0 * kRows + 1: add(integral_constant<int, 0>(), integral_constant<int, 1>()); break;
+      case 0 * kRows + 2: add(integral_constant<int, 0>(), integral_constant<int, 2>()); break;
+      case 0 * kRows + 3: add(integral_constant<int, 0>(), integral_constant<int, 3>()); break;
+      case 1 * kRows + 1: add(integral_constant<int, 1>(), integral_constant<int, 1>()); break;
+      case 1 * kRows + 2: add(integral_constant<int, 1>(), integral_constant<int, 2>()); break;
+      default: add(integral_constant<int, 2>(), integral_constant<int, 1>());
     }
   }
+#pragma GCC unroll 4
+  for (int p = 0; p < Pixels; ++p)
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < kRows; ++r)
+      if (r < g.rows) {
+        float* target = g.targets[r] + (x + p) * g.dims + d;
 #pragma GCC unroll 8
-    for (int i = 0; i < kDims; ++i) store(out[r] + i * out_ld, sum[r][i]);
+        for (int i = 0; i < Vecs; ++i) store(target + i * L, accumulate ? load(target + i * L) + sum[p][r][i] : sum[p][r][i]);
+      }
+}
+
+template <int Pixels, int Vecs = kVecs, class... Args>
+inline void gather_vecs(int64_t vecs, Args... args) {
+  if constexpr (Vecs > 1) {
+    if (vecs < Vecs) return gather_vecs<Pixels, Vecs - 1>(vecs, args...);
+  }
+  gather_at<Pixels, Vecs>(args...);
+}
+
+// Columns [from, to), each with its own relative positions [low[x], high[x]].
+inline void gather(const Gather& g, int64_t from, int64_t to, const int32_t* low, const int32_t* high, bool accumulate) {
+  for (int64_t x = from; x < to;) {
+    const bool together = kPixels > 1 && x + kPixels <= to && low[x] == low[x + kPixels - 1] && high[x] == high[x + kPixels - 1];
+    for (int64_t d = 0; d < g.dims; d += kVecs * L) {
+      const int64_t vecs = (g.dims - d) / L;
+      if (together)
+        gather_vecs<kPixels>(vecs, g, x, d, low[x], high[x], accumulate);
+      else
+        gather_vecs<1>(vecs, g, x, d, low[x], high[x], accumulate);
+    }
+    x += together ? kPixels : 1;
+  }
 }
 
 // Calls body(std::integral_constant<int, rows>).

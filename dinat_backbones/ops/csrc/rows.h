@@ -112,34 +112,34 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
   }
 }
 
-// The way back: in[dim][column - begin], times factor or (where given) times factors[column - begin].
+// Row `y` of one head: columns [begin, end) times `factor` to out[column - begin][dim], dims padded with zeros to `dims`.
 template <class T>
-void unpack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
-            float factor, const float* factors, const float* in, int64_t ld) {
-  T* base = static_cast<T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3];
-  const int64_t dx = view.stride[2], dd = view.stride[4];
-  for (int64_t x = begin; x < end; x += L) {
-    const int64_t nx = std::min<int64_t>(L, end - x);
-    const Vec scale = factors ? load(factors + (x - begin)) : splat(factor);
-    for (int64_t d = 0; d < p.dim; d += L) {
-      const int64_t nd = std::min<int64_t>(L, p.dim - d);
-      const float* source = in + d * ld + (x - begin);
-      T* target = base + x * dx + d * dd;
-      Vec block[L];
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) block[i] = i < nd ? load(source + i * ld) * scale : Vec{};
-      transpose(block);
-      if (nx == L && nd == L && dd == 1) {
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store_narrow(target + i * dx, block[i]);
-      } else {
-        float part[L * L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(part + i * L, block[i]);
-        for (int64_t i = 0; i < nx; ++i)
-          for (int64_t j = 0; j < nd; ++j) narrow(part[i * L + j], target + i * dx + j * dd);
-      }
-    }
+void copy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+          float factor, float* out, int64_t dims) {
+  const T* pixel = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
+                   begin * view.stride[2];
+  const int64_t dd = view.stride[4];
+  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
+    int64_t d = 0;
+    if (dd == 1)
+      for (; d + L <= p.dim; d += L) store(out + d, load_as_float(pixel + d) * splat(factor));
+    for (; d < p.dim; ++d) out[d] = widen(pixel[d * dd]) * factor;
+    for (; d < dims; ++d) out[d] = 0;
+  }
+}
+
+// The way back: in[column - begin][dim], times factor or (where given) times factors[column - begin].
+template <class T>
+void uncopy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+            float factor, const float* factors, const float* in, int64_t dims) {
+  T* pixel = static_cast<T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] + begin * view.stride[2];
+  const int64_t dd = view.stride[4];
+  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], in += dims) {
+    const float scale = factors ? factors[x - begin] : factor;
+    int64_t d = 0;
+    if (dd == 1)
+      for (; d + L <= p.dim; d += L) store_narrow(pixel + d, load(in + d) * splat(scale));
+    for (; d < p.dim; ++d) narrow(in[d] * scale, pixel + d * dd);
   }
 }
 

@@ -17,94 +17,111 @@ struct Range {
   int64_t low, inner_low, inner_high, high;
 };
 
-// The part of scratch that is common to both passes, and the steps they share. Columns are counted as in the map.
+// The part of scratch that is common to both passes, and the steps they share.
+//
+// Logits and weights of the vectors of queries [from, to) lie as [query row][window row][delta + K - 1][column], counted from
+// vector `from` on.
 template <class T>
 struct Tile {
   const Na2dProblem& p;
   const Columns& columns;
   const Item& item;
-  const int64_t K, span, dims, length;  // length: of the row class
-  const int64_t begin, end, vectors;    // columns of the queries, begin a multiple of the vector width
-  int64_t key_begin, key_end;           // columns of their keys
+  const int64_t K, span, dims, vector_dims, length;  // dims: in planes; vector_dims: in pixels; length: of the row class
+  const int64_t begin, end, vectors;                 // columns of the queries, begin a multiple of the vector width
+  int64_t key_begin, key_end;                        // columns of their keys
   int64_t key_ld, query_ld, ring;
-  float *keys, *values, *queries, *logits, *inverse;  // each at column `begin` or `key_begin`, behind a left pad of L
-  std::vector<Range> ranges;                          // of every vector
-  int64_t packed = -1;                                // key rows below this are in the ring
-  int64_t row = 0, rows = 0;                          // the tile's query rows: class positions [row, row + rows)
+  float *keys, *queries;      // planes [row][dim][column], keys in a ring of rows; each row behind a left pad of L
+  std::vector<Range> ranges;  // of every vector
+  int64_t row = 0, rows = 0;  // the tile's query rows: class positions [row, row + rows)
+  int64_t packed = -1;        // key rows below this are in the ring
 
+  static int64_t key_columns(const Na2dProblem& p, int64_t columns) {
+    return std::min(p.width, columns + 2 * (p.kernel - 1) * p.dilation);
+  }
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
-    const int64_t K = p.kernel, dims = round_up(p.dim, kDimPad), query_ld = leading(columns + 3 * L);
-    const int64_t key_columns = std::min(p.width, columns + 2 * (K - 1) * p.dilation);
-    return 2 * (kRows + K - 1) * dims * leading(key_columns + 3 * L) + kRows * dims * query_ld +
-           kRows * (K * (2 * K - 1) + 1) * query_ld;
+    const int64_t dims = round_up(p.dim, kDimPad);
+    return (kRows + p.kernel - 1) * dims * leading(key_columns(p, columns) + 3 * L) + kRows * dims * leading(columns + 3 * L);
   }
 
   Tile(const Na2dProblem& p, const Columns& columns, const Item& item, int64_t begin, int64_t end, float*& scratch)
       : p(p), columns(columns), item(item), K(p.kernel), span(2 * K - 1), dims(round_up(p.dim, kDimPad)),
-        length(class_length(p.height, p.dilation, item.residue)), begin(begin), end(end),
+        vector_dims(round_up(p.dim, L)), length(class_length(p.height, p.dilation, item.residue)), begin(begin), end(end),
         vectors((end - begin + L - 1) / L), ring(kRows + K - 1) {
     key_begin = p.width, key_end = 0;
     for (int64_t x = begin; x < end; ++x) {
       key_begin = std::min(key_begin, x + columns.first[x] * p.dilation);
-      key_end = std::max(key_end, x + (columns.first[x] + K - 1) * p.dilation + 1);
+      key_end = std::max(key_end, x + columns.last[x] * p.dilation + 1);
     }
     key_ld = leading(key_end - key_begin + 3 * L), query_ld = leading(end - begin + 3 * L);
-    keys = take(scratch, ring * dims, key_ld, key_end - key_begin);
-    values = take(scratch, ring * dims, key_ld, key_end - key_begin);
-    queries = take(scratch, kRows * dims, query_ld, end - begin);
-    logits = take(scratch, kRows * K * span, query_ld, end - begin);
-    inverse = take(scratch, kRows, query_ld, end - begin);
+    keys = take_planes(scratch, ring * dims, key_ld, key_end - key_begin);
+    queries = take_planes(scratch, kRows * dims, query_ld, end - begin);
     for (int64_t x = begin; x < end; x += L) {
       const auto firsts = std::minmax_element(columns.first + x, columns.first + std::min(x + L, end));
       ranges.push_back({*firsts.first, *firsts.second, *firsts.first + K - 1, *firsts.second + K - 1});
     }
   }
 
+  static float* take(float*& scratch, int64_t floats) {
+    float* const block = scratch;
+    scratch += floats;
+    return block;
+  }
   // `rows` rows of `ld` floats, the first column behind a pad of L. The pads are zero: vectors at the ends read, and mask
   // away, up to L columns of them.
-  static float* take(float*& scratch, int64_t rows, int64_t ld, int64_t columns) {
-    float* const block = scratch + L;
+  static float* take_planes(float*& scratch, int64_t rows, int64_t ld, int64_t columns) {
+    float* const block = take(scratch, rows * ld) + L;
     for (int64_t i = 0; i < rows; ++i) {
       float* const row = block + i * ld;
       std::fill(row - L, row, 0.f);
       std::fill(row + columns, row + ld - L, 0.f);
     }
-    scratch += rows * ld;
     return block;
   }
 
   int64_t start(int64_t position) const { return window_start(position, length, K); }
   int64_t map_row(int64_t position) const { return position * p.dilation + item.residue; }
-  int64_t slot(int64_t key_row) const { return key_row % ring * dims * key_ld; }
-  // Where the logit (or weight) of a tile row, window row and relative column lies, for column `begin`.
-  int64_t place(int64_t r, int64_t window_row, int64_t delta) const {
-    return ((r * K + window_row) * span + delta + K - 1) * query_ld;
+  int64_t slot(int64_t key_row) const { return key_row % ring; }
+  int64_t stop() const { return start(row + rows - 1) + K; }  // behind the tile's last key row
+  int64_t key_row_pixels() const { return (key_end - key_begin) * vector_dims; }
+  int64_t row_pixels() const { return (end - begin) * vector_dims; }
+  // Where the logit (or weight) of a tile row, window row and relative column lies, for the first column.
+  int64_t place(int64_t r, int64_t window_row, int64_t delta, int64_t ld) const {
+    return ((r * K + window_row) * span + delta + K - 1) * ld;
   }
 
-  void pack_row(const Na2dView& view, int64_t position, int64_t from, int64_t to, float factor, float* out, int64_t ld) {
-    pack<T>(view, p, item.batch, map_row(position), item.head, from, to, factor, out, ld);
+  void pack_keys(const Na2dView& view, int64_t key_row, float* planes) const {
+    pack<T>(view, p, item.batch, map_row(key_row), item.head, key_begin, key_end, 1, planes + slot(key_row) * dims * key_ld,
+            key_ld);
   }
-  void unpack_row(const Na2dView& view, int64_t position, int64_t from, int64_t to, float factor, const float* factors,
-                  const float* in, int64_t ld) {
-    unpack<T>(view, p, item.batch, map_row(position), item.head, from, to, factor, factors, in, ld);
+  void copy_keys(const Na2dView& view, int64_t key_row, float* pixels) const {
+    copy<T>(view, p, item.batch, map_row(key_row), item.head, key_begin, key_end, 1, pixels + slot(key_row) * key_row_pixels(),
+            vector_dims);
   }
-
-  void enter(int64_t first_row, int64_t row_count) {
-    row = first_row, rows = row_count;
-    const int64_t stop = start(row + rows - 1) + K;
-    for (int64_t k = std::max(packed, start(row)); k < stop; ++k) {
-      pack_row(p.key, k, key_begin, key_end, 1, keys + slot(k), key_ld);
-      pack_row(p.value, k, key_begin, key_end, 1, values + slot(k), key_ld);
-    }
-    packed = stop;
+  void pack_queries(const Na2dView& view, float factor, float* planes) const {
     for (int64_t r = 0; r < rows; ++r)
-      pack_row(p.query, row + r, begin, end, p.scale, queries + r * dims * query_ld, query_ld);
+      pack<T>(view, p, item.batch, map_row(row + r), item.head, begin, end, factor, planes + r * dims * query_ld, query_ld);
+  }
+  void copy_queries(const Na2dView& view, float factor, float* pixels) const {
+    for (int64_t r = 0; r < rows; ++r)
+      copy<T>(view, p, item.batch, map_row(row + r), item.head, begin, end, factor, pixels + r * row_pixels(), vector_dims);
+  }
+
+  // Goes to the given query rows; load(key row) is called once for each that comes into reach.
+  template <class Load>
+  void enter(int64_t first_row, int64_t row_count, Load load) {
+    row = first_row, rows = row_count;
+    for (int64_t k = std::max(packed, start(row)); k < stop(); ++k) {
+      pack_keys(p.key, k, keys);
+      load(k);
+    }
+    packed = stop();
+    pack_queries(p.query, p.scale, queries);
   }
 
   // Calls body(key row, first tile row whose window holds it, number of such rows).
   template <class Body>
   void for_key_rows(Body body) const {
-    for (int64_t k = start(row), stop = start(row + rows - 1) + K; k < stop; ++k) {
+    for (int64_t k = start(row); k < stop(); ++k) {
       int64_t first = 0, last = rows;
       while (start(row + first) + K <= k) ++first;
       while (start(row + last - 1) > k) --last;
@@ -112,26 +129,20 @@ struct Tile {
     }
   }
 
-  // How many vectors of queries visit a key row before the next row comes up. What they share should stay in L1: near
-  // neighbors are shared by the next few vectors, whose sums then stay, too; far ones by all vectors of the row.
-  int64_t group() const { return (K - 1) * p.dilation <= 2 * L ? kGroup : vectors; }
+  // How many vectors of queries are taken through all steps together: many enough to share most of their keys, few enough
+  // that these and the weights stay in the inner caches.
+  static int64_t group(const Na2dProblem& p) { return std::max<int64_t>(kGroup, 2 * (p.kernel - 1) * p.dilation / L); }
 
-  // Calls body(first, last) for groups of the vectors [from, to).
-  template <class Body>
-  void for_groups(int64_t from, int64_t to, Body body) const {
-    for (int64_t v = from; v < to; v += group()) body(v, std::min(v + group(), to));
-  }
-
-  // out[r][window row][delta][column] = <a row r, b row k>; b lies in the ring like keys and values.
-  void product(const float* a, const float* b, float* out) const {
-    for_groups(0, vectors, [&](int64_t v_first, int64_t v_last) {
+  // out[r][window row][delta][column] = <a row r, b row k>; a lies in planes like the queries, b like the keys.
+  void product(const float* a, const float* b, float* out, int64_t ld, int64_t from, int64_t to) const {
+    for (int64_t v = from; v < to; v += kGroup)
       for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-        for (int64_t v = v_first; v < v_last; ++v) product_of(a, b, out, v, k, first, count);
+        for (int64_t u = v; u < std::min(v + kGroup, to); ++u) product_of(a, b, out + (u - from) * L, ld, u, k, first, count);
       });
-    });
   }
 
-  void product_of(const float* a, const float* b, float* out, int64_t v, int64_t k, int64_t first, int64_t count) const {
+  void product_of(const float* a, const float* b, float* out, int64_t ld, int64_t v, int64_t k, int64_t first,
+                  int64_t count) const {
     const Range& reach = ranges[v];
     const int64_t wanted = reach.high - reach.low + 1, calls = (wanted + kDeltas - 1) / kDeltas;
     const int64_t each = (wanted + calls - 1) / calls, x = begin + v * L;
@@ -140,38 +151,38 @@ struct Tile {
       for (int64_t delta = reach.low; delta <= reach.high; delta += each) {
         const int64_t deltas = std::min(each, reach.high + 1 - delta);
         float* target[kRows];
-        for (int64_t r = 0; r < count; ++r)
-          target[r] = out + place(first + r, k - start(row + first + r), delta) + v * L;
+        for (int64_t r = 0; r < count; ++r) target[r] = out + place(first + r, k - start(row + first + r), delta, ld);
         const float* left = a + (first * dims + chunk) * query_ld + v * L;
-        const float* right = b + slot(k) + chunk * key_ld + (x + delta * p.dilation - key_begin);
+        const float* right = b + (slot(k) * dims + chunk) * key_ld + (x + delta * p.dilation - key_begin);
         with_rows(count, [&](auto rows_of) {
           dots_of<decltype(rows_of)::value>(deltas, left, dims * query_ld, query_ld, right, key_ld, int64_t(p.dilation),
-                                            chunk_dims, chunk > 0, target, query_ld);
+                                            chunk_dims, chunk > 0, target, ld);
         });
       }
     }
   }
 
-  // Logits to weights in place, up to the factor left in `inverse`; the bias comes in here.
-  void softmax() const {
+  // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias comes in here.
+  void softmax(float* logits, float* inverse, int64_t ld, int64_t from, int64_t to) const {
     const float* const table = p.rpb ? p.rpb + item.head * span * span : nullptr;
-    for (int64_t v = 0; v < vectors; ++v) {
+    const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+    for (int64_t v = from; v < to; ++v) {
       const Range& reach = ranges[v];
-      const int64_t x = begin + v * L;
+      const int64_t x = begin + v * L, column = (v - from) * L;
       const bool uniform = reach.low == reach.inner_low, whole = x + L <= end;
       const IntVec first = load(columns.first + x);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t top = start(row + r) - (row + r) + K - 1;  // bias row of the window's first row
-        Vec highest = splat(-std::numeric_limits<float>::infinity());
+        Vec highest = nothing;
         for (int64_t i = 0; i < K; ++i) {
-          float* s = logits + place(r, i, reach.low) + v * L;
+          float* s = logits + place(r, i, reach.low, ld) + column;
           const float* bias = table ? table + (top + i) * span + reach.low + K - 1 : nullptr;
-          for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += query_ld) {
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             Vec y = load(s);
             if (bias) y += splat(*bias++);
             if (!uniform) {
               const IntVec offset = splat(int32_t(delta)) - first;
-              y = select((offset >= 0) & (offset < splat(int32_t(K))), y, splat(-std::numeric_limits<float>::infinity()));
+              y = select((offset >= 0) & (offset < splat(int32_t(K))), y, nothing);
             }
             store(s, y);
             highest = select(y > highest, y, highest);
@@ -179,8 +190,8 @@ struct Tile {
         }
         Vec total{};
         for (int64_t i = 0; i < K; ++i) {
-          float* s = logits + place(r, i, reach.low) + v * L;
-          for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += query_ld) {
+          float* s = logits + place(r, i, reach.low, ld) + column;
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             const Vec y = exp_of_negative(load(s) - highest);
             store(s, y);
             total += y;
@@ -189,44 +200,26 @@ struct Tile {
         Vec inverted = splat(1.f) / total;
         if (!whole)
           for (int64_t lane = end - x; lane < L; ++lane) inverted[lane] = 0;
-        store(inverse + r * query_ld + v * L, inverted);
+        store(inverse + r * ld + column, inverted);
       }
     }
   }
 
-  // out[r][dim][column] += sum over the window of weights (laid out like logits) * b (in the ring), for the vectors
-  // [from, to).
-  void combine(const float* weights, const float* b, float* out, int64_t from, int64_t to) const {
-    for_groups(from, to, [&](int64_t v_first, int64_t v_last) {
-      for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-        for (int64_t d = 0; d < dims; d += kDims)
-          for (int64_t v = v_first; v < v_last; ++v) combine_of(weights, b, out, v, d, k, first, count);
-      });
-    });
-  }
-
-  void combine_of(const float* weights, const float* b, float* out, int64_t v, int64_t d, int64_t k, int64_t first,
-                  int64_t count) const {
-    const Range& reach = ranges[v];
-    const int64_t x = begin + v * L;
-    float* target[kRows];
-    for (int64_t r = 0; r < count; ++r) target[r] = out + ((first + r) * dims + d) * query_ld + v * L;
-    const auto part = [&](auto masked, int64_t low, int64_t high) {
-      if (low > high) return;
-      const float* weight[kRows];
+  // out[r][column][dim] = sum over the window of weights * b, for the columns of the vectors [from, to); b lies in pixels, in
+  // the ring. Weights start at vector `origin`, out at vector `from`.
+  void combine(Gather& g, const float* weights, int64_t ld, int64_t origin, const float* b, float* out, int64_t out_row,
+               int64_t from, int64_t to) const {
+    const int64_t x = begin + from * L;
+    g.sources.clear();
+    for_key_rows([&](int64_t k, int64_t first, int64_t count) {
+      Source source{b + slot(k) * key_row_pixels() + (x - key_begin) * vector_dims, {}, int(first), int(count)};
       for (int64_t r = 0; r < count; ++r)
-        weight[r] = weights + place(first + r, k - start(row + first + r), low) + v * L;
-      const float* value = b + slot(k) + d * key_ld + (x + low * p.dilation - key_begin);
-      with_rows(count, [&](auto rows_of) {
-        mix<decltype(rows_of)::value, decltype(masked)::value>(weight, query_ld, value, key_ld, p.dilation, high - low + 1,
-                                                               target, query_ld, columns.first + x, int32_t(low), int32_t(K));
-      });
-    };
-    const int64_t inner_low = std::min(reach.inner_low, reach.high + 1);
-    const int64_t inner_high = std::max(reach.inner_high, inner_low - 1);
-    part(std::true_type(), reach.low, inner_low - 1);
-    part(std::false_type(), inner_low, inner_high);
-    part(std::true_type(), inner_high + 1, reach.high);
+        source.weights[r] = weights + place(first + r, k - start(row + first + r), 0, ld) + (from - origin) * L;
+      g.sources.push_back(source);
+    });
+    g.weight_step = ld, g.pixel_step = p.dilation * vector_dims, g.dims = vector_dims, g.rows = int(rows);
+    for (int64_t r = 0; r < rows; ++r) g.targets[r] = out + r * out_row;
+    gather(g, 0, std::min(to * L, end - begin) - from * L, columns.first + x, columns.last + x, false);
   }
 };
 

@@ -7,8 +7,9 @@ namespace {
 
 constexpr int L = NA2D_LANES;
 constexpr int kRows = 3;                        // query rows per tile
-constexpr int kDeltas = L == 16 ? 7 : 4;        // accumulators kRows * kDeltas, or kRows * kDims, must fit the registers
-constexpr int kDims = L == 16 ? 8 : 4;
+constexpr int kDeltas = L == 16 ? 7 : 4;        // kRows * kDeltas sums must fit the registers
+constexpr int kVecs = L == 16 ? 2 : 4;          // vectors of dims, kPixels * kRows of them in registers at a time
+constexpr int kPixels = L == 16 ? 2 : 1;
 constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
 constexpr int kGroup = 4;                       // vectors of near neighbors that visit a key row together
 constexpr int kPrefetch = 16;                   // columns ahead
@@ -37,22 +38,20 @@ inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 // Leading dimension of a transposed row: whole vectors, an odd number, so that dims don't share cache sets.
 inline int64_t leading(int64_t columns) { return (round_up(columns, L) / L | 1) * L; }
 
-// exp to about 2 ulp for x <= 0; 0 below -87 and for -inf, NaN for NaN.
+// exp for x <= 0, to 2e-7 of its value near 0 and 1.3e-6 far below; 0 below -87 and for -inf, NaN for NaN.
 inline Vec exp_of_negative(Vec x) {
-  const Vec shifter = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * splat(1.44269504f) + shifter;
-  const Vec n = shifted - shifter;
-  const Vec r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);  // ln 2 in two parts
-  Vec p = splat(1.f / 5040);
-  p = p * r + splat(1.f / 720);
-  p = p * r + splat(1.f / 120);
-  p = p * r + splat(1.f / 24);
-  p = p * r + splat(1.f / 6);
-  p = p * r + splat(.5f);
-  p = p * r + splat(1.f);
-  p = p * r + splat(1.f);
-  const IntVec exponent = (IntVec(shifted) - IntVec(shifter) + 127) << 23;
-  return select(x < splat(-87.f), Vec{}, p * Vec(exponent));
+  const Vec log2e = splat(1.44269504f);
+  const Vec shifter = splat(12582912.f + 127);  // 1.5 * 2^23: adding it rounds to an integer; 127: an exponent's bias
+  const Vec shifted = x * log2e + shifter;
+  const Vec f = x * log2e - (shifted - shifter);
+  Vec p = splat(1.53533621e-4f);  // 2^f on [-1/2, 1/2], fitted for the least largest relative error, 2e-9
+  p = p * f + splat(1.33988739e-3f);
+  p = p * f + splat(9.61843692e-3f);
+  p = p * f + splat(5.55033237e-2f);
+  p = p * f + splat(.240226477f);
+  p = p * f + splat(.693147182f);
+  p = p * f + splat(1.f);
+  return select(x < splat(-87.f), Vec{}, p * Vec(IntVec(shifted) << 23));
 }
 
 }  // namespace
