@@ -1,14 +1,161 @@
 #!/usr/bin/env python
-"""Evaluate a checkpoint of a detector or a segmentor:
+"""Evaluate a checkpoint of a detector or a segmentor, or look whether the data is there:
 
     python tools/test.py CONFIG CHECKPOINT [--work-dir DIR] [--out FILE] [--show] [--show-dir DIR] [--wait-time SECONDS]
                          [--tta] [--cfg-options KEY=VALUE ...] [--launcher none|pytorch|slurm|mpi]
+    python tools/test.py CONFIG --check-data [--cfg-options KEY=VALUE ...]
 
 Hands over to the test script of the framework that the config belongs to, as train.py does. `--out` is a .pkl file for
-mmdet and a folder for mmseg.
+mmdet and a folder for mmseg. The checkpoint is read without running code that it carries, and has to fit the whole
+model. `--tta` (several scales and flips) evaluates boxes and semantic maps: mmdet does not merge masks.
 """
 
-from train import main
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+from train import hand_over, load_config, stop
+
+# Where the official archives come from and what to unpack, by the name of the dataset class.
+COCO = "COCO 2017 (https://cocodataset.org/#download): unpack train2017.zip, val2017.zip, {} there"
+OFFICIAL = {
+    "CocoDataset": COCO.format("annotations_trainval2017.zip"),
+    "CocoPanopticDataset": COCO.format(
+        "annotations_trainval2017.zip, panoptic_annotations_trainval2017.zip and the archives inside the latter"
+    ),
+    "ADE20KDataset": "ADE20K (https://sceneparsing.csail.mit.edu): unpack ADEChallengeData2016.zip beside it",
+    "CityscapesDataset": "Cityscapes (https://www.cityscapes-dataset.com): unpack leftImg8bit_trainvaltest.zip and "
+    "gtFine_trainvaltest.zip there, then make the *_labelTrainIds.png files as docs/data.md says",
+}
+
+
+def main() -> None:
+    """Command line."""
+    if "--check-data" in sys.argv:
+        sys.exit(check_data())
+    hand_over("test.py", _for_testing)
+
+
+def _for_testing(scope: str, cfg: Any, words: list[str]) -> list[str]:
+    if cfg is None:
+        return words
+    from mmengine.runner import CheckpointLoader, Runner
+
+    from dinat_backbones.checkpoint import read
+
+    # mmengine's own readers fall back to running what a pickle asks for, and it only warns of a partial fit
+    CheckpointLoader.register_scheme(
+        ("", "http://", "https://"), lambda filename, map_location=None, **_: read(filename), force=True
+    )
+    Runner.load_checkpoint = partialmethod(Runner.load_checkpoint, strict=True)
+    if "--tta" in words and scope == "mmdet":
+        metrics = list(_metrics(cfg, "test"))
+        if any(metric.type.rpartition(".")[2] == "CocoPanopticMetric" for metric in metrics):
+            stop("--tta: mmdet merges boxes only, and this config is evaluated on panoptic maps; leave --tta out")
+        if any("segm" in metric.get("metric", ()) for metric in metrics):
+            print("--tta: mmdet merges boxes only, masks are not evaluated")
+            return [*words, "--cfg-options", "test_evaluator.metric=bbox"]
+    return words
+
+
+def _metrics(cfg: Any, part: str) -> Iterator[Any]:
+    evaluator = cfg.get(f"{part}_evaluator") or []
+    yield from evaluator if isinstance(evaluator, (list, tuple)) else [evaluator]
+
+
+# What is missing
+
+
+def check_data() -> int:
+    """Print what the config's datasets do not find and where it belongs; 0 if nothing is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("checkpoint", nargs="?", help="not needed")
+    parser.add_argument("--check-data", action="store_true")
+    parser.add_argument("--cfg-options", nargs="+", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    cfg = load_config(args.config)
+    if args.cfg_options:
+        from mmengine.config import DictAction
+
+        DictAction(["--cfg-options"], "options", nargs="+")(parser, args, args.cfg_options)
+        cfg.merge_from_dict(args.options)
+    from mmengine.registry import DATASETS, init_default_scope
+
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    status, seen = 0, set()
+    for part in ("train", "val", "test"):
+        for settings in _leaves((cfg.get(f"{part}_dataloader") or {}).get("dataset")):
+            dataset = DATASETS.build(dict(settings, lazy_init=True, pipeline=[]))
+            found = missing(dataset)
+            found += [f"{path} of {part}_evaluator is not there" for path in _missing_metric_files(cfg, part)]
+            text = f"{type(dataset).__name__} in {dataset.data_root or os.curdir}"
+            if (text, *found) in seen and part == "test":  # mostly the same as "val"
+                continue
+            seen.add((text, *found))
+            print(f"{part}: {text}: {'incomplete' if found else 'complete'}", *found, sep="\n  missing: ")
+            if found:
+                status = 1
+                hint = OFFICIAL.get(type(dataset).__name__)
+                print(f"  {hint}" if hint else "  see docs/data.md for the layouts")
+    return status
+
+
+def _leaves(settings: Any) -> Iterator[Any]:
+    """The datasets inside RepeatDataset, ConcatDataset, MultiImageMixDataset and the like."""
+    if settings is None:
+        return
+    inner = settings.get("dataset", settings.get("datasets"))
+    if inner is None:
+        yield settings
+    for entry in inner if isinstance(inner, (list, tuple)) else [inner]:
+        yield from _leaves(entry)
+
+
+def _missing_metric_files(cfg: Any, part: str) -> list[str]:
+    paths = [metric.get(key) for metric in _metrics(cfg, part) for key in ("ann_file", "seg_prefix")]
+    return [path for path in paths if path and not os.path.exists(path)]
+
+
+def missing(dataset: Any) -> list[str]:
+    """What a dataset of mmdet or mmseg that was built with `lazy_init=True` does not find, in words.
+
+    Folders and annotation files; then, where annotations name pictures or pictures belong to label maps, those files.
+    """
+    folders = {key: Path(value) for key, value in dataset.data_prefix.items() if value}
+    words = [f"folder {folder}" for folder in folders.values() if not folder.is_dir()]
+    if dataset.ann_file and not os.path.isfile(dataset.ann_file):
+        words.append(f"file {dataset.ann_file}")
+    if words:
+        return words
+    wanted = {}
+    if str(dataset.ann_file).endswith(".json"):
+        content = json.loads(Path(dataset.ann_file).read_text())
+        wanted["img"] = {image["file_name"] for image in content["images"]}
+        if "seg" in folders:
+            wanted["seg"] = {annotation["file_name"] for annotation in content["annotations"]}
+    elif "seg_map_path" in folders and "img_path" in folders:
+        pictures = [name for name in _files(folders["img_path"]) if name.endswith(dataset.img_suffix)]
+        if not pictures:
+            words.append(f"pictures named *{dataset.img_suffix} in folder {folders['img_path']}")
+        wanted["seg_map_path"] = {n.removesuffix(dataset.img_suffix) + dataset.seg_map_suffix for n in pictures}
+    for key, names in wanted.items():
+        absent = sorted(names - _files(folders[key]))
+        if absent:
+            words.append(f"{len(absent)} of {len(names)} files in folder {folders[key]}: {', '.join(absent[:3])} ...")
+    return words
+
+
+def _files(folder: Path) -> set[str]:
+    return {
+        os.path.relpath(os.path.join(parent, name), folder) for parent, _, names in os.walk(folder) for name in names
+    }
+
 
 if __name__ == "__main__":
-    main("test.py")
+    main()

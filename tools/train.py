@@ -10,44 +10,57 @@ checking what its tracebacks explain badly, and makes this checkout importable w
 
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+INSTALL = 'pip install "dinat_backbones[openmmlab]"'
 
 
-def main(script: str) -> None:
-    """Run the framework's own `script` ("train.py", "test.py") with the arguments of this process."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+def hand_over(script: str, prepare: Callable[[str, Any, list[str]], list[str]]) -> None:
+    """Run the framework's own `script` ("train.py", "test.py") with the arguments of this process.
+
+    `prepare` is given the scope, the config (None if there is none) and the arguments, and returns the arguments.
+    """
+    words = sys.argv[1:]
     config = None
-    for word in sys.argv[1:]:
+    for word in words:
         if word.startswith("-") or "=" in word or "://" in word or not word.endswith((".py", ".pth", ".pt")):
             continue
         if not Path(word).is_file():
-            sys.exit(f"{sys.argv[0]}: {'config' if word.endswith('.py') else 'checkpoint'} {word} is not there")
+            stop(f"{'config' if word.endswith('.py') else 'checkpoint'} {word} is not there")
         config = config or (word if word.endswith(".py") else None)
-    scope = _scope(config)
+    cfg = load_config(config, import_custom_modules=False) if config else None
+    scope = cfg.get("default_scope", "mmdet") if cfg else "mmdet"  # whose parser says what is missing, or helps
     spec = find_spec(scope)
     path = Path(spec.origin or "").parent / ".mim" / "tools" / script if spec else None
     if path is None or not path.is_file():
-        sys.exit(
-            f'{sys.argv[0]}: {scope} with its packaged tools is not installed: pip install "dinat_backbones[openmmlab]"'
-        )
-    if scope == "mmseg" and script == "train.py":
-        sys.argv[1:] = _for_mmseg(sys.argv[1:])
+        stop(f"{scope} with its packaged tools is not installed: {INSTALL}")
+    sys.argv[1:] = prepare(scope, cfg, words)
     runpy.run_path(str(path), run_name="__main__")
 
 
-def _scope(config: str | None) -> str:
-    if config is None:
-        return "mmdet"  # whose parser will say what is missing, or print the help
+def load_config(path: str, **keywords: Any) -> Any:
+    """mmengine's `Config.fromfile`, with this checkout importable."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    if not Path(path).is_file():
+        stop(f"config {path} is not there")
     try:
         from mmengine.config import Config
     except ModuleNotFoundError:
-        sys.exit(f'{sys.argv[0]}: mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
-    return Config.fromfile(config, import_custom_modules=False).get("default_scope", "mmdet")
+        stop(f"mmengine is not installed: {INSTALL}")
+    return Config.fromfile(path, **keywords)
 
 
-def _for_mmseg(words: list[str]) -> list[str]:
+def stop(message: str) -> None:
+    sys.exit(f"{sys.argv[0]}: {message}")
+
+
+def _for_training(scope: str, cfg: Any, words: list[str]) -> list[str]:
     """mmseg's script lacks two of mmdet's flags, `--auto-scale-lr` and the value of `--resume`; configs have both."""
+    if scope != "mmseg":
+        return words
     options = []
     if "--auto-scale-lr" in words:
         words = [word for word in words if word != "--auto-scale-lr"]
@@ -61,4 +74,4 @@ def _for_mmseg(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main("train.py")
+    hand_over("train.py", _for_training)
