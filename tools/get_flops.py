@@ -10,7 +10,7 @@ proposals and every mask head on 100, at 1280 x 800; of a segmentor the trunk an
 head, at 2048 x 512, or 2560 x 640 for the models of that size. Parameters are all trainable ones.
 
 Nothing is computed: models are built on torch's meta device. Only Mask2Former's head runs, on zeros: shapes depend on
-its values. Its published MACs are the average over the images of a validation set, ours are those of one size.
+its values. Its published MACs are said to be averages over a validation set; ours are those of one size, 800 x 800.
 
 Exit status 1 if a published model's parameters do not round to the published million, or its MACs are further than
 0.2 % from the published ones (Mask2Former: parameters alone).
@@ -32,7 +32,7 @@ from dinat_backbones.ops.flops import count_macs  # noqa: E402
 
 TOLERANCE = 0.002
 PROPOSALS, DETECTIONS = 1000, 100
-MASK2FORMER_SIZE = (1280, 800)
+MASK2FORMER_SIZE = (800, 800)
 CONFIGS = {row.config: row for row in zoo.rows() if getattr(row, "config", None)}
 
 
@@ -75,8 +75,7 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
     if not path.is_file():
         sys.exit(f"{name} is neither a config file nor one of: {', '.join(row.name for row in CONFIGS.values())}")
     cfg = _config(path)
-    with torch.device("meta"):
-        model = _build(cfg)
+    model = _build(cfg)
     size = size or _usual_size(row, cfg)
     macs = next((count for has, count in COUNTS.items() if hasattr(model, has)), None)
     if macs is None:
@@ -88,16 +87,18 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
 def _config(path: Path) -> Any:
     try:
         from mmengine.config import Config
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "mmengine":
+            raise
         sys.exit(f'{sys.argv[0]}: mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
     return Config.fromfile(path)
 
 
 def _build(cfg: Any) -> nn.Module:
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import MODELS, DefaultScope
 
-    init_default_scope(cfg.get("default_scope", "mmdet"))
-    return MODELS.build(cfg.model).eval()
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")), torch.device("meta"):
+        return MODELS.build(cfg.model).eval()
 
 
 def _usual_size(row: Any, cfg: Any) -> tuple[int, int]:
@@ -181,7 +182,7 @@ def main() -> None:
         if line.row is None:
             print(f"{text} {'-':>5}  {line.macs / 1e9:8.1f}")
             continue
-        note = "  published: average over a data set" if isinstance(line.row, zoo.Mask2Former) else ""
+        note = "  publ.: average over a data set" if isinstance(line.row, zoo.Mask2Former) else ""
         print(
             f"{text} {line.row.params_m:4}M  {line.macs / 1e9:8.1f} {line.row.gmacs:6} {line.difference:+8.2%}{note}",
             flush=True,

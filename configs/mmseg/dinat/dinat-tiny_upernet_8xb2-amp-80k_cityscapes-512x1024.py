@@ -1,5 +1,8 @@
 # No published row: the recipe and the dilations of ADE20K at 512 on half as many iterations.
-_base_ = ["../../_base_/upernet-160k.py", "mmseg::_base_/datasets/cityscapes.py"]
+_base_ = [
+    "../../_base_/upernet-160k.py",
+    __import__("mmseg").__path__[0] + "/.mim/configs/_base_/datasets/cityscapes.py",
+]
 model = dict(
     data_preprocessor=dict(size=(512, 1024)),
     backbone=dict(

@@ -1,5 +1,6 @@
 _base_ = [
-    "mmseg::mask2former/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640.py",
+    __import__("mmseg").__path__[0]
+    + "/.mim/configs/mask2former/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640.py",
     "../../_base_/mask2former_dinat-large.py",
 ]
 custom_imports = dict(imports=["mmdet.models", "dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
