@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import GOLDEN, load_golden
 
-from dinat_backbones import neighborhood_attention_2d
+from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 from dinat_backbones.ops import IMPLEMENTATIONS, cpu, reference
 
 NAMES = list(IMPLEMENTATIONS)
@@ -294,6 +294,23 @@ def test_strided_inputs(impl):
         assert not layout[0].is_contiguous()
         got = run(layout, rpb, grad_out.expand_as(grad_out), kernel_size=7, dilation=3, impl=impl)
         assert worst(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("impl", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_equals_apart(impl, dtype):
+    tensors, rpb, grad_out = draw(2, 15, 23, 2, 32, 7, dtype=dtype, fused=True)
+    settings = dict(kernel_size=7, dilation=2, scale=0.3, impl=impl)
+    out, *grads, grad_rpb = run(tensors, rpb, grad_out, **settings)
+    inputs = [torch.stack(tensors, 3).requires_grad_(), rpb.requires_grad_()]
+    packed = neighborhood_attention_2d_qkvpacked(*inputs, **settings)
+    grad_qkv, packed_grad_rpb = torch.autograd.grad(packed, inputs, grad_out)
+    assert worst([packed, *grad_qkv.unbind(3), packed_grad_rpb], [out, *grads, grad_rpb]) == 0
+
+
+def test_packed_of_another_shape():
+    with pytest.raises(ValueError, match=r"qkv must be \[B, H, W, 3, heads, head_dim\]; got \[1, 9, 9, 2, 1, 8\]"):
+        neighborhood_attention_2d_qkvpacked(torch.zeros(1, 9, 9, 2, 1, 8), kernel_size=7)
 
 
 def test_expanded_gradient():

@@ -365,15 +365,15 @@ def picture(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
-def natten_attention(query, key, value, rpb, *, kernel_size, dilation, scale, impl) -> torch.Tensor:
-    """Stands in for `neighborhood_attention_2d`, with the steps and layouts of the original module."""
-    query, key, value = (t.permute(0, 3, 1, 2, 4) for t in (query, key, value))
+def natten_attention(qkv, rpb, *, kernel_size, dilation, scale, impl) -> torch.Tensor:
+    """Stands in for `neighborhood_attention_2d_qkvpacked`, with the steps and layouts of the original module."""
+    query, key, value = (t.permute(0, 3, 1, 2, 4) for t in qkv.unbind(3))
     attention = natten2dqkrpb(query * scale, key, rpb, kernel_size, dilation).softmax(-1)
     return natten2dav(attention, value, kernel_size, dilation).permute(0, 2, 3, 1, 4)
 
 
 def on_natten():
-    return mock.patch.object(dinat_backbones.attention, "neighborhood_attention_2d", natten_attention)
+    return mock.patch.object(dinat_backbones.attention, "neighborhood_attention_2d_qkvpacked", natten_attention)
 
 
 def parity_backbone(bench: Bench) -> None:
@@ -393,7 +393,7 @@ def parity_backbone(bench: Bench) -> None:
 
 def inside_network(bench: Bench, model: nn.Module, image: torch.Tensor) -> Row:
     """Every call of the op in one forward pass, then the same calls on the same tensors with nothing in between."""
-    run, calls, spent = cpu.attention, [], [0.0]
+    run, calls, spent = cpu.attention_qkvpacked, [], [0.0]
 
     def timed(*arguments):
         begin = time.perf_counter()
@@ -405,7 +405,7 @@ def inside_network(bench: Bench, model: nn.Module, image: torch.Tensor) -> Row:
     def inside() -> float:
         calls.clear()
         spent[0] = 0.0
-        with mock.patch.object(IMPLEMENTATIONS["cpu"], "attention", timed):
+        with mock.patch.object(IMPLEMENTATIONS["cpu"], "attention_qkvpacked", timed):
             model(image)
         return spent[0]
 

@@ -100,7 +100,7 @@ def _chunks(rows: _Axis, columns: _Axis, width: int, logits_per_tile: int) -> It
 def _pick(source: torch.Tensor, index: torch.Tensor, tiles: int) -> torch.Tensor:
     """Pixels of ``[B, heads, H * W, head_dim]`` by tile: ``[B, heads, tiles, pixels of a tile, head_dim]``."""
     picked = source.index_select(2, index)
-    return picked.view(*picked.shape[:2], tiles, -1, picked.shape[3])
+    return picked.unflatten(2, (tiles, len(index) // tiles))
 
 
 def _weights(query, key, bias, chunk: _Chunk):
@@ -136,7 +136,7 @@ class _Attention(torch.autograd.Function):
             tiles = len(chunk.kinds)
             q, k, weights = _weights(query, key, bias, chunk)
             v = _pick(value, chunk.keys, tiles)
-            g = grad_out[:, :, at : at + len(chunk.queries)].unflatten(2, (tiles, -1))
+            g = grad_out[:, :, at : at + len(chunk.queries)].unflatten(2, (tiles, len(chunk.queries) // tiles))
             at += len(chunk.queries)
 
             def add(grad, index, tiled):
