@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is missing; it comes with mmdet")
 
@@ -121,6 +122,184 @@ def test_colour_says_nothing_about_the_class():
         tolerance = 4 * everything.std(0) / np.sqrt(len(colours))
         assert len(colours) >= 50
         assert (np.abs(np.mean(colours, 0) - everything.mean(0)) < tolerance).all(), shapes.CLASSES[kind]
+
+
+# -------------------------------------------------------------------------------------------------------- all layouts
+
+
+COUNTS = dict(train=3, val=4)
+ALL = dict(**COUNTS, size=64, seed=1)
+
+
+@pytest.fixture(scope="module")
+def every_layout(tmp_path_factory):
+    out = tmp_path_factory.mktemp("layouts") / "set"
+    assert shapes.make_shapes(out, **ALL, layouts=shapes.LAYOUTS)
+    return out
+
+
+def test_layouts_share_a_folder_and_do_not_depend_on_each_other(every_layout, tmp_path):
+    together = _contents(every_layout)
+    for layout in shapes.LAYOUTS:
+        shapes.make_shapes(tmp_path / layout, **ALL, layouts=[layout])
+        alone = _contents(tmp_path / layout)
+        assert len(alone) >= 2 * sum(COUNTS.values()) or layout == "coco"
+        for name, content in alone.items():
+            assert name.name == "shapes.json" or content == together[name], name
+
+
+def test_a_layout_that_is_there_is_not_made_again(every_layout, tmp_path):
+    assert not shapes.make_shapes(every_layout, **ALL, layouts=["ade20k", "coco"])
+    shapes.make_shapes(tmp_path / "set", **ALL, layouts=["ade20k"])
+    with pytest.raises(FileExistsError, match="as ade20k, not .* as cityscapes"):
+        shapes.make_shapes(tmp_path / "set", **ALL, layouts=["cityscapes"])
+    assert shapes.make_shapes(tmp_path / "set", **ALL, layouts=["cityscapes"], replace=True)
+    assert not (tmp_path / "set" / "images").exists()
+    with pytest.raises(ValueError, match=r"layouts=\['voc'\]: expected some of coco, coco-panoptic"):
+        shapes.make_shapes(tmp_path / "voc", layouts=["voc"])
+
+
+def _labels(split, index):
+    """The class of every pixel as it was drawn, the background as the last one."""
+    labels = np.full((ALL["size"],) * 2, len(shapes.CLASSES))
+    for kind, mask in shapes.scene(split, index, ALL["size"], ALL["seed"]).instances:
+        labels[mask] = kind
+    return labels
+
+
+@pytest.mark.parametrize("split, part", [("train", "training"), ("val", "validation")])
+def test_label_maps_hold_what_was_drawn(every_layout, split, part):
+    for index in range(COUNTS[split]):
+        city = f"gtFine/{split}/shapes/shapes_{index:06d}_000000_gtFine_labelTrainIds.png"
+        ade = Image.open(every_layout / "annotations" / part / f"{index:06d}.png")
+        cityscapes = Image.open(every_layout / city)
+        assert ade.mode == cityscapes.mode == "L"
+        assert np.array_equal(np.asarray(cityscapes), _labels(split, index))
+        assert np.array_equal(np.asarray(ade), _labels(split, index) + 1)
+        picture = Image.open(
+            every_layout / city.replace("gtFine/", "leftImg8bit/").replace("gtFine_labelTrainIds", "leftImg8bit")
+        )
+        assert np.array_equal(np.asarray(picture), shapes.scene(split, index, ALL["size"], ALL["seed"]).image)
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_panoptic_files_hold_what_was_drawn(every_layout, split):
+    content = json.loads((every_layout / "annotations" / f"panoptic_{split}.json").read_text())
+    names = {category["id"]: (category["name"], category["isthing"]) for category in content["categories"]}
+    assert list(names.values()) == [*((name, 1) for name in shapes.CLASSES), (shapes.BACKGROUND, 0)]
+    assert [image["file_name"] for image in content["images"]] == [f"{i:06d}.jpg" for i in range(COUNTS[split])]
+    for index, annotation in enumerate(content["annotations"]):
+        file = every_layout / "annotations" / f"panoptic_{split}" / annotation["file_name"]
+        pixels = np.asarray(Image.open(file)).astype(int)
+        ids = pixels @ (1, 256, 65536)
+        assert {info["id"] for info in annotation["segments_info"]} == set(np.unique(ids).tolist())
+        drawn = shapes.scene(split, index, ALL["size"], ALL["seed"]).instances
+        for info, (kind, mask) in zip(annotation["segments_info"], drawn, strict=False):
+            assert info["category_id"] == kind + 1 and np.array_equal(ids == info["id"], mask)
+        for info in annotation["segments_info"]:
+            ys, xs = np.nonzero(ids == info["id"])
+            assert info["area"] == len(ys) and info["iscrowd"] == 0
+            assert info["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+            assert (_labels(split, index)[ids == info["id"]] == info["category_id"] - 1).all()
+
+
+# ------------------------------------------------------------------- what was drawn, as prediction, by the frameworks
+
+
+def evaluate(framework, dataset, metric, prediction, part="val"):
+    """A framework's metric of a dataset's files, given a function of the index that returns what was drawn."""
+    pytest.importorskip(framework, reason=f"{framework} is missing: pip install 'dinat_backbones[openmmlab]'")
+    from mmengine.registry import DATASETS, METRICS, DefaultScope
+
+    with DefaultScope.overwrite_default_scope(framework):
+        dataset = DATASETS.build(dict(dataset, test_mode=True))
+        metric = METRICS.build(metric)
+    metric.dataset_meta = dataset.metainfo
+    assert len(dataset) == COUNTS[part]
+    for index in range(len(dataset)):
+        sample = dataset[index]["data_samples"].to_dict()
+        metric.process({}, [{**sample, **prediction(index)}])
+    return metric.evaluate(len(dataset))
+
+
+def test_coco_metric_of_what_was_drawn_is_1(every_layout):
+    import torch
+
+    def instances(index):
+        kinds, masks = zip(*shapes.scene("val", index, ALL["size"], ALL["seed"]).instances, strict=True)
+        ends = [np.nonzero(mask) for mask in masks]
+        boxes = [[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] for ys, xs in ends]
+        return dict(
+            pred_instances=dict(
+                bboxes=torch.tensor(np.array(boxes, np.float32)),
+                labels=torch.tensor(kinds),
+                scores=torch.ones(len(kinds)),
+                masks=torch.from_numpy(np.stack(masks)),
+            )
+        )
+
+    truth = str(every_layout / "annotations" / "instances_val.json")
+    dataset = dict(
+        type="CocoDataset",
+        data_root=str(every_layout),
+        ann_file=truth,
+        data_prefix=dict(img="val"),
+        metainfo=dict(classes=shapes.CLASSES),
+        pipeline=[dict(type="LoadImageFromFile"), dict(type="PackDetInputs")],
+    )
+    found = evaluate("mmdet", dataset, dict(type="CocoMetric", ann_file=truth, metric=["bbox", "segm"]), instances)
+    assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 1.0
+
+
+def test_panoptic_quality_of_what_was_drawn_is_100(every_layout):
+    pytest.importorskip("panopticapi", reason="panopticapi is missing: pip install --no-deps panopticapi-lite")
+    import torch
+
+    def panoptic(index):
+        found = _labels("val", index)
+        for number, (_, mask) in enumerate(shapes.scene("val", index, ALL["size"], ALL["seed"]).instances, 1):
+            found[mask] += 1000 * number  # mmdet's INSTANCE_OFFSET
+        return dict(pred_panoptic_seg=dict(sem_seg=torch.from_numpy(found)[None]))
+
+    truth, folder = every_layout / "annotations" / "panoptic_val.json", every_layout / "annotations" / "panoptic_val"
+    classes = (*shapes.CLASSES, shapes.BACKGROUND)
+    dataset = dict(
+        type="CocoPanopticDataset",
+        data_root=str(every_layout),
+        ann_file=str(truth),
+        data_prefix=dict(img="val", seg=str(folder)),
+        metainfo=dict(classes=classes, thing_classes=shapes.CLASSES, stuff_classes=(shapes.BACKGROUND,)),
+        pipeline=[dict(type="LoadImageFromFile"), dict(type="PackDetInputs")],
+    )
+    metric = dict(type="CocoPanopticMetric", ann_file=str(truth), seg_prefix=str(folder), nproc=1)
+    found = evaluate("mmdet", dataset, metric, panoptic)
+    assert [found[f"coco_panoptic/{name}"] for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")] == [100.0] * 5
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "cityscapes"])
+def test_mean_iou_of_what_was_drawn_is_100(every_layout, layout):
+    import torch
+
+    kind, pictures, maps = {
+        "ade20k": ("ADE20KDataset", "images/validation", "annotations/validation"),
+        "cityscapes": ("CityscapesDataset", "leftImg8bit/val", "gtFine/val"),
+    }[layout]
+    dataset = dict(
+        type=kind,
+        data_root=str(every_layout),
+        data_prefix=dict(img_path=pictures, seg_map_path=maps),
+        pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+    )
+    for wrong, expected in ((0, 100.0), (1, None)):
+
+        def drawn(index, wrong=wrong):
+            return dict(pred_sem_seg=dict(data=torch.from_numpy(_labels("val", index) + wrong)[None]))
+
+        found = evaluate("mmseg", dataset, dict(type="IoUMetric", iou_metrics=["mIoU"]), drawn)
+        assert found["mIoU"] == expected if expected else found["mIoU"] < 50  # labels off by one
+
+
+# ------------------------------------------------------------------------------------------------------------ the demo
 
 
 def test_the_config_trains_a_step(dataset):

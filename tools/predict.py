@@ -144,7 +144,7 @@ def describe(result: Any, classes: Any, score: float) -> str:
         words.append(", ".join(f"{count} {classes[label]}" for label, count in counts.items()) or "no instance")
     for field in ("pred_panoptic_seg", "pred_sem_seg"):
         if field in result:
-            values = getattr(result, field).sem_seg.unique().tolist()
+            (values,) = (tensor.unique().tolist() for tensor in getattr(result, field).values())
             # a panoptic id is the class and 1000 times the number of the instance; beyond the classes is void
             labels = sorted({value % 1000 if field == "pred_panoptic_seg" else value for value in values})
             words.append(", ".join(classes[label] for label in labels if label < len(classes)) or "nothing")

@@ -1,0 +1,175 @@
+"""tools/predict.py over drawn scenes: instances, semantic and panoptic maps of small models in both frameworks."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
+pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
+import mmseg
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+ROOT = Path(__file__).resolve().parents[1]
+MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_"  # "mmseg::" needs the package's original name
+sys.path.insert(0, str(ROOT / "tools"))  # which is no package
+predict = importlib.import_module("predict")
+shapes = importlib.import_module("make_shapes")
+
+TRUNK = """
+custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
+trunk = dict(_delete_=True, type="DiNAT", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3,
+             mlp_ratio=2.0)
+classes = ("circle", "square", "triangle", "star", "ring", "background")
+palette = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250), (250, 0, 250)]
+test_dataloader = dict(dataset=dict(metainfo=dict(classes=classes, palette=palette)))
+"""
+MODELS_OF = {
+    "instances": f"""
+_base_ = "{ROOT}/configs/demo/mask_rcnn_dinat_shapes.py"
+model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
+""",
+    "semantic": f"""
+_base_ = ["{MMSEG}/models/upernet_r50.py", "{MMSEG}/datasets/ade20k.py", "{MMSEG}/default_runtime.py"]
+{TRUNK}
+model = dict(
+    pretrained=None,
+    data_preprocessor=dict(size=(64, 64)),
+    backbone=trunk,
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, num_classes=6, norm_cfg=dict(type="BN")),
+    auxiliary_head=dict(in_channels=64, channels=16, num_classes=6, norm_cfg=dict(type="BN")),
+)
+test_dataloader["dataset"].update(type="BaseSegDataset", img_suffix=".jpg", seg_map_suffix=".png")
+""",
+    "panoptic": f"""
+_base_ = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"
+{TRUNK}
+test_dataloader["dataset"]["metainfo"].update(thing_classes=classes[:5], stuff_classes=classes[5:])
+layers = dict(self_attn_cfg=dict(embed_dims=32, num_heads=2), ffn_cfg=dict(embed_dims=32, feedforward_channels=32))
+model = dict(
+    backbone=trunk,
+    panoptic_head=dict(
+        in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_things_classes=5, num_stuff_classes=1,
+        num_queries=20, loss_cls=dict(class_weight=[1.0] * 6 + [0.1]),
+        pixel_decoder=dict(
+            encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=dict(embed_dims=32, num_heads=2),
+                                                      ffn_cfg=dict(embed_dims=32, feedforward_channels=32))),
+            positional_encoding=dict(num_feats=16)),
+        positional_encoding=dict(num_feats=16),
+        transformer_decoder=dict(num_layers=1, layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=32, num_heads=2), cross_attn_cfg=dict(embed_dims=32, num_heads=2),
+            ffn_cfg=dict(embed_dims=32, feedforward_channels=32)))),
+    panoptic_fusion_head=dict(num_things_classes=5, num_stuff_classes=1),
+    test_cfg=dict(object_mask_thr=0.0, iou_thr=0.0, instance_on=False),
+)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "below").mkdir()
+    for index, name in enumerate(("a.jpg", "below/b.png")):
+        Image.fromarray(shapes.scene("val", index, 96, 0).image).save(folder / name)
+    (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:100])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def saved_model(folder, kind, change=lambda model: None):
+    """Config and checkpoint of a small model with random weights; `change` may alter them."""
+    config, checkpoint = folder / "config.py", folder / "model.pth"
+    config.write_text(MODELS_OF[kind])
+    cfg = Config.fromfile(config)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+    change(model)
+    torch.save({"state_dict": model.state_dict()}, checkpoint)
+    return str(config), str(checkpoint)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("kind", MODELS_OF)
+def test_what_is_found_is_drawn_and_named(tmp_path, pictures, kind):
+    run = predict.load_predictor(*saved_model(tmp_path, kind), device="cpu", score=0.0)
+    words = run(pictures / "a.jpg", tmp_path / "out" / "a.jpg")
+    names = set(re.findall("[a-z]+", words))
+    assert names and names <= {*shapes.CLASSES, shapes.BACKGROUND}, words
+    before, after = pixels(pictures / "a.jpg"), pixels(tmp_path / "out" / "a.jpg")
+    assert after.shape == before.shape
+    assert np.abs(after - before).mean() > 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jpg"]
+
+
+def test_classes_and_colours_are_those_of_the_config(tmp_path, pictures):
+    def all_triangles(model):
+        torch.nn.init.zeros_(model.decode_head.conv_seg.weight)
+        model.decode_head.conv_seg.bias.data = torch.tensor([0.0, 0, 9, 0, 0, 0])
+
+    run = predict.load_predictor(*saved_model(tmp_path, "semantic", all_triangles), device="cpu")
+    assert run(pictures / "below/b.png", tmp_path / "out.png") == "triangle"
+    change = pixels(tmp_path / "out.png") - pixels(pictures / "below/b.png")
+    assert change[..., 2].mean() > 30 > 0 > change[..., 0].mean()  # towards blue
+
+
+def test_a_folder_is_finished_in_several_runs(tmp_path, pictures):
+    config, checkpoint = saved_model(tmp_path, "instances")
+    out = tmp_path / "out"
+
+    def command(*more, source=pictures, code=0):
+        words = [source, "--config", config, "--checkpoint", checkpoint, "--out", out, *more]
+        run = subprocess.run([sys.executable, ROOT / "tools/predict.py", *words], capture_output=True, text=True)
+        assert run.returncode == code, run.stdout + run.stderr
+        return run
+
+    first = command(code=1)
+    assert "[2/3] below/b.png: " in first.stdout and "[3/3] broken.jpg: NOT READ" in first.stdout
+    assert first.stderr.strip().splitlines()[-1] == "1 of 3 pictures could not be read"
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert {path.relative_to(out).as_posix() for path in done} == {"a.jpg", "below/b.png"}
+    (out / "a.jpg").unlink()
+    second = command(code=1)
+    assert "1 of 3 pictures are there already" in second.stdout and "a.jpg: " in second.stdout
+    assert (out / "below/b.png").stat().st_mtime_ns == done[out / "below/b.png"]
+    third = command("--force", source=pictures / "below" / "b.png")
+    assert "[1/1] b.png: " in third.stdout
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(source="nowhere"), "nowhere: not there"),
+        (dict(source="empty"), "empty: no pictures there"),
+        (dict(config="nowhere.py"), "config nowhere.py is not there"),
+        (dict(checkpoint="nowhere.pth"), "checkpoint nowhere.pth is not there"),
+        (dict(checkpoint="part.pth"), "tensors are not in the file: backbone."),
+        (dict(out="source"), "is where the pictures are"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "source").mkdir()
+    Image.open(pictures / "a.jpg").save(tmp_path / "source" / "a.png")
+    (tmp_path / "config.py").write_text(MODELS_OF["instances"])
+    torch.save({"state_dict": {"a": torch.ones(1)}}, "part.pth")
+    given = dict(source="source", config="config.py", checkpoint="part.pth", out="out") | change
+    options = [word for name in ("config", "checkpoint", "out") for word in (f"--{name}", given[name])]
+    monkeypatch.setattr(sys, "argv", ["predict.py", given["source"], *options])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        predict.main()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,183 @@
+"""tools/test.py and tools/train.py in front of the frameworks' own scripts; tests/test_openmmlab.py has stand-ins."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
+pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))  # which is no package
+shapes = importlib.import_module("make_shapes")
+
+DEMO = ROOT / "configs" / "demo" / "mask_rcnn_dinat_shapes.py"
+
+
+def tool(name, *arguments, cwd):
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.make_shapes(out, train=2, val=2, size=64, layouts=shapes.LAYOUTS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory, dataset):
+    """Config and checkpoint of the demo's detector with random weights, on two small pictures."""
+    folder = tmp_path_factory.mktemp("detector")
+    config = folder / "config.py"
+    config.write_text(
+        f"_base_ = '{DEMO}'\n"
+        f"data_root = '{dataset}/'\n"
+        "train_dataloader = dict(dataset=dict(data_root=data_root))\n"
+        "val_dataloader = dict(dataset=dict(data_root=data_root))\n"
+        "test_dataloader = val_dataloader\n"
+        "val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')\n"
+        "test_evaluator = val_evaluator\n"
+        "model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))\n"
+    )
+    cfg = Config.fromfile(config)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(cfg.model)
+    torch.save({"meta": {}, "state_dict": model.state_dict()}, folder / "model.pth")
+    return config, folder / "model.pth"
+
+
+def last_metrics(folder):
+    (file,) = folder.glob("*/*.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+def test_the_scripts_of_both_frameworks_take_the_flags(tmp_path, scope, script):
+    (tmp_path / "config.py").write_text(f"default_scope = {scope!r}")
+    run = tool(script, "config.py", "--help", cwd=tmp_path)
+    flags = {"train.py": ["--amp", "--resume"], "test.py": ["--tta", "--out", "--show-dir"]}[script]
+    for flag in [*flags, "--launcher", "--cfg-options", "--work-dir", "slurm", "pytorch"]:
+        assert flag in run.stdout, flag
+
+
+def test_a_detector_is_evaluated_and_with_tta_its_boxes(tmp_path, detector):
+    config, checkpoint = detector
+    run = tool("test.py", config, checkpoint, "--work-dir", tmp_path / "plain", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= last_metrics(tmp_path / "plain").keys()
+    run = tool("test.py", config, checkpoint, "--tta", "--work-dir", tmp_path / "tta", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = last_metrics(tmp_path / "tta")
+    assert "coco/bbox_mAP" in found and "coco/segm_mAP" not in found
+    assert "masks are not evaluated" in run.stdout
+
+
+def test_tta_of_panoptic_maps_is_refused(tmp_path):
+    (tmp_path / "config.py").write_text("test_evaluator = [dict(type='CocoPanopticMetric')]")
+    (tmp_path / "model.pth").touch()
+    run = tool("test.py", "config.py", "model.pth", "--tta", cwd=tmp_path)
+    assert run.returncode == 1 and "mmdet merges boxes only" in run.stderr.strip().splitlines()[-1]
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("made by the checkpoint",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, detector):
+    config, checkpoint = detector
+    torch.save(torch.load(checkpoint, weights_only=True) | {"trap": Trap()}, tmp_path / "trap.pth")
+    run = tool("test.py", config, "trap.pth", cwd=tmp_path)
+    assert run.returncode != 0 and "needs code to be read: it asks for posix.mkdir" in run.stderr
+    assert not (tmp_path / "made by the checkpoint").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, detector):
+    config, checkpoint = detector
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"]["neck.fpn_convs.0.conv.weight"]
+    torch.save(content, tmp_path / "part.pth")
+    run = tool("test.py", config, "part.pth", cwd=tmp_path)
+    assert run.returncode != 0 and "neck.fpn_convs.0.conv.weight" in run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- --check-data
+
+SETTINGS = {
+    "coco": """
+test_dataloader = dict(dataset=dict(type="CocoDataset", data_root="ROOT", ann_file="annotations/instances_val.json",
+                                    data_prefix=dict(img="val/")))
+test_evaluator = dict(type="CocoMetric", ann_file="ROOT/annotations/instances_val.json")
+""",
+    "coco-panoptic": """
+test_dataloader = dict(dataset=dict(
+    type="CocoPanopticDataset", data_root="ROOT", ann_file="annotations/panoptic_val.json",
+    data_prefix=dict(img="val/", seg="annotations/panoptic_val/")))
+test_evaluator = [dict(type="CocoPanopticMetric", ann_file="ROOT/annotations/panoptic_val.json",
+                       seg_prefix="ROOT/annotations/panoptic_val/")]
+""",
+    "ade20k": """
+default_scope = "mmseg"
+train_dataloader = dict(dataset=dict(type="RepeatDataset", times=2, dataset=dict(
+    type="ADE20KDataset", data_root="ROOT",
+    data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"))))
+""",
+    "cityscapes": """
+default_scope = "mmseg"
+val_dataloader = dict(dataset=dict(type="CityscapesDataset", data_root="ROOT",
+                                   data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val")))
+""",
+}
+# A file and a folder of each layout, and an archive that the message has to name.
+PIECES = {
+    "coco": ("val/000001.jpg", "val", "val2017.zip"),
+    "coco-panoptic": ("annotations/panoptic_val/000000.png", "annotations/panoptic_val.json", "panoptic_annotations"),
+    "ade20k": ("annotations/training/000001.png", "images/training", "ADEChallengeData2016.zip"),
+    "cityscapes": (
+        "gtFine/val/shapes/shapes_000000_000000_gtFine_labelTrainIds.png",
+        "leftImg8bit/val",
+        "gtFine_trainvaltest.zip",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", shapes.LAYOUTS)
+def test_check_data_names_what_is_missing(tmp_path, dataset, layout):
+    root = tmp_path / "data"
+    shutil.copytree(dataset, root)
+    (tmp_path / "config.py").write_text(SETTINGS[layout].replace("ROOT", str(root)))
+    file, whole, archive = PIECES[layout]
+
+    def check(code):
+        run = tool("test.py", "config.py", "--check-data", cwd=tmp_path)
+        assert run.returncode == code, run.stderr
+        return run.stdout
+
+    assert check(0).strip().endswith(f"in {root}: complete")
+    (root / file).unlink()
+    text = check(1)
+    assert "missing: 1 of 2 files in folder " in text and Path(file).name in text and archive in text
+    shutil.rmtree(root / whole) if (root / whole).is_dir() else (root / whole).unlink()
+    text = check(1)
+    assert f"{'folder' if not whole.endswith('.json') else 'file'} {root / whole}" in text and archive in text
+
+
+def test_check_data_follows_options(tmp_path, dataset):
+    (tmp_path / "config.py").write_text(SETTINGS["ade20k"].replace("ROOT", "nowhere"))
+    option = f"train_dataloader.dataset.dataset.data_root={dataset}"
+    for options, code in (([], 1), (["--cfg-options", option], 0)):
+        run = tool("test.py", "config.py", "--check-data", *options, cwd=tmp_path)
+        assert run.returncode == code, run.stdout + run.stderr
