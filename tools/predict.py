@@ -130,7 +130,7 @@ def load_predictor(
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-        return describe(result, visualizer.dataset_meta.get("classes"), score)
+        return describe(result, metainfo["classes"], score)
 
     return predict
 
@@ -138,6 +138,7 @@ def load_predictor(
 def describe(result: Any, classes: Any, score: float) -> str:
     """The names of what was found, in words: instances with their number, segments and maps with their classes."""
     words = []
+    classes = [name.strip() for name in classes]  # ADE20K has "bed "
     if "pred_instances" in result:
         labels = result.pred_instances.labels[result.pred_instances.scores > score].tolist()
         counts = {label: labels.count(label) for label in sorted(set(labels))}

@@ -7,7 +7,7 @@
 
 Hands over to the test script of the framework that the config belongs to, as train.py does. `--out` is a .pkl file for
 mmdet and a folder for mmseg. The checkpoint is read without running code that it carries, and has to fit the whole
-model. `--tta` (several scales and flips) evaluates boxes and semantic maps: mmdet does not merge masks.
+model. `--tta` (several scales and flips) is for segmentors and box detectors: mmdet does not merge masks.
 """
 
 import argparse
@@ -34,6 +34,9 @@ OFFICIAL = {
 }
 
 
+METRIC_FILES = (("file", "ann_file"), ("folder", "seg_prefix"))
+
+
 def main() -> None:
     """Command line."""
     if "--check-data" in sys.argv:
@@ -54,12 +57,9 @@ def _for_testing(scope: str, cfg: Any, words: list[str]) -> list[str]:
     )
     Runner.load_checkpoint = partialmethod(Runner.load_checkpoint, strict=True)
     if "--tta" in words and scope == "mmdet":
-        metrics = list(_metrics(cfg, "test"))
-        if any(metric.type.rpartition(".")[2] == "CocoPanopticMetric" for metric in metrics):
-            stop("--tta: mmdet merges boxes only, and this config is evaluated on panoptic maps; leave --tta out")
-        if any("segm" in metric.get("metric", ()) for metric in metrics):
-            print("--tta: mmdet merges boxes only, masks are not evaluated")
-            return [*words, "--cfg-options", "test_evaluator.metric=bbox"]
+        for metric in _metrics(cfg, "test"):
+            if metric.type.rpartition(".")[2] == "CocoPanopticMetric" or "segm" in metric.get("metric", ()):
+                stop("--tta: mmdet merges the boxes of several views, not their masks; leave it out with this config")
     return words
 
 
@@ -93,9 +93,9 @@ def check_data() -> int:
         for settings in _leaves((cfg.get(f"{part}_dataloader") or {}).get("dataset")):
             dataset = DATASETS.build(dict(settings, lazy_init=True, pipeline=[]))
             found = missing(dataset)
-            found += [f"{path} of {part}_evaluator is not there" for path in _missing_metric_files(cfg, part)]
+            found += [words for words in _missing_for_metrics(cfg, part) if words not in found]
             text = f"{type(dataset).__name__} in {dataset.data_root or os.curdir}"
-            if (text, *found) in seen and part == "test":  # mostly the same as "val"
+            if (text, *found) in seen:  # "test" is mostly the same as "val"
                 continue
             seen.add((text, *found))
             print(f"{part}: {text}: {'incomplete' if found else 'complete'}", *found, sep="\n  missing: ")
@@ -117,9 +117,9 @@ def _leaves(settings: Any) -> Iterator[Any]:
         yield from _leaves(entry)
 
 
-def _missing_metric_files(cfg: Any, part: str) -> list[str]:
-    paths = [metric.get(key) for metric in _metrics(cfg, part) for key in ("ann_file", "seg_prefix")]
-    return [path for path in paths if path and not os.path.exists(path)]
+def _missing_for_metrics(cfg: Any, part: str) -> list[str]:
+    paths = [(kind, metric.get(key)) for metric in _metrics(cfg, part) for kind, key in METRIC_FILES]
+    return [f"{kind} {Path(path)}" for kind, path in paths if path and not os.path.exists(path)]
 
 
 def missing(dataset: Any) -> list[str]:
@@ -130,7 +130,7 @@ def missing(dataset: Any) -> list[str]:
     folders = {key: Path(value) for key, value in dataset.data_prefix.items() if value}
     words = [f"folder {folder}" for folder in folders.values() if not folder.is_dir()]
     if dataset.ann_file and not os.path.isfile(dataset.ann_file):
-        words.append(f"file {dataset.ann_file}")
+        words.append(f"file {Path(dataset.ann_file)}")
     if words:
         return words
     wanted = {}
