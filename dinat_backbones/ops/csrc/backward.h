@@ -1,7 +1,7 @@
 // The backward pass of one item.
 #pragma once
 #include <algorithm>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "tile.h"
@@ -17,8 +17,10 @@ struct Backward {
   const Na2dProblem& p;
   const Item& item;
   const int64_t dims, ld, own_columns, own_row, own_from, own_to;  // own_from, own_to: vectors of the owned queries
-  float *keys, *values, *queries, *grad_out, *grad_out_planes;     // pixels but for values and grad_out_planes
-  float *logits, *inverse, *grad_logits, *grad_queries, *grad_keys, *grad_values, *table;
+  const PixelRows<T> keys, queries, grad_out;
+  float *values, *grad_out_planes;                   // planes, like the tile's keys and queries
+  float *logits, *inverse, *grad_logits, *table;
+  float *grad_queries, *grad_keys, *grad_values;     // pixels
   int64_t flushed;
   Gather sums;
 
@@ -48,12 +50,12 @@ struct Backward {
   Backward(const Na2dProblem& p, const Columns& columns, const Item& item, float*& scratch)
       : tile(p, columns, item, query_begin(p, columns, item), query_end(p, columns, item), scratch), p(p), item(item),
         dims(tile.vector_dims), ld(tile.query_ld), own_columns(item.column_end - item.column_begin), own_row(own_columns * dims),
-        own_from((item.column_begin - tile.begin) / L), own_to(own_from + (own_columns + L - 1) / L), flushed(item.row_begin) {
+        own_from((item.column_begin - tile.begin) / L), own_to(own_from + (own_columns + L - 1) / L),
+        keys(p, p.key, item, tile.key_begin, tile.key_end, tile.ring, scratch),
+        queries(p, p.query, item, tile.begin, tile.end, kRows, scratch),
+        grad_out(p, p.grad_out, item, tile.begin, tile.end, kRows, scratch), flushed(item.row_begin) {
     values = tile.take_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
     grad_out_planes = tile.take_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
-    keys = tile.take(scratch, tile.ring * tile.key_row_pixels());
-    queries = tile.take(scratch, kRows * tile.row_pixels());
-    grad_out = tile.take(scratch, kRows * tile.row_pixels());
     logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
     grad_logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
     inverse = tile.take(scratch, kRows * ld);
@@ -100,9 +102,10 @@ struct Backward {
 
   // target[key row][column][dim] += sum over the queries of the tile that attend to the key of weight * source: the transpose
   // of Tile::combine.
-  void scatter(const float* weights, const float* source, float* target) {
+  void scatter(const float* weights, const PixelRows<T>& source, float* target) {
     const int64_t x = item.column_begin - tile.begin;
-    sums.weight_step = ld - p.dilation, sums.pixel_step = -p.dilation * dims, sums.dims = dims;
+    sums.dims = dims;
+    sums.column_step = source.column_step, sums.pixel_step = -p.dilation * source.column_step, sums.weight_step = ld - p.dilation;
     const int64_t stop = std::min(tile.stop(), item.row_end);
     for (int64_t k = std::max(tile.start(tile.row), item.row_begin); k < stop; k += kRows) {
       sums.rows = int(std::min<int64_t>(kRows, stop - k));
@@ -111,9 +114,9 @@ struct Backward {
         const int64_t top = tile.start(tile.row + r), first = std::max(top - k, int64_t(0));
         const int64_t count = std::min<int64_t>(sums.rows, top + tile.K - k) - first;
         if (count <= 0) continue;
-        Source rows{source + r * tile.row_pixels() + x * dims, {}, int(first), int(count)};
-        for (int64_t a = 0; a < count; ++a) rows.weights[a] = weights + tile.place(r, k + first + a - top, 0, ld) + x;
-        sums.sources.push_back(rows);
+        Source row{source.at(r, tile.map_row(tile.row + r), item.column_begin), {}, int(first), int(count)};
+        for (int64_t a = 0; a < count; ++a) row.weights[a] = weights + tile.place(r, k + first + a - top, 0, ld) + x;
+        sums.sources.push_back(row);
       }
       for (int64_t a = 0; a < sums.rows; ++a) sums.targets[a] = target + tile.slot(k + a) * own_row;
       const int64_t at = item.column_begin;
@@ -129,23 +132,25 @@ struct Backward {
   // Hands out the key rows below `stop`: no later tile adds to them.
   void flush(int64_t stop) {
     for (; flushed < std::min(stop, item.row_end); ++flushed)
-      for (const auto& [view, rows] : {std::pair(&p.grad_key, grad_keys), std::pair(&p.grad_value, grad_values)}) {
+      for (const auto& [view, factor, rows] : {std::tuple(&p.grad_key, p.scale, grad_keys), std::tuple(&p.grad_value, 1.f, grad_values)}) {
         float* const pixels = rows + tile.slot(flushed) * own_row;
-        hand_out(*view, flushed, 1, pixels);
+        hand_out(*view, flushed, factor, pixels);
         std::fill(pixels, pixels + own_row, 0.f);
       }
   }
 
   void run(float* grad_rpb) {
     const int64_t first = first_query(item.row_begin, tile.K), stop = last_query(item.row_end - 1, tile.length, tile.K) + 1;
-    for (int64_t row = first; row < stop; row += kRows) {
-      tile.enter(row, std::min<int64_t>(kRows, stop - row), [&](int64_t k) {
+    for (int64_t row = first; row < stop; row += tile.rows) {
+      tile.enter(row, stop, [&](int64_t k) {
         tile.pack_keys(p.value, k, values);
-        tile.copy_keys(p.key, k, keys);
+        keys.fetch(tile.slot(k), tile.map_row(k));
       });
       tile.pack_queries(p.grad_out, 1, grad_out_planes);
-      tile.copy_queries(p.grad_out, 1, grad_out);
-      tile.copy_queries(p.query, p.scale, queries);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        queries.fetch(r, tile.map_row(row + r));
+        grad_out.fetch(r, tile.map_row(row + r));
+      }
       tile.product(tile.queries, tile.keys, logits, ld, 0, tile.vectors);
       tile.softmax(logits, inverse, ld, 0, tile.vectors);
       tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);

@@ -18,22 +18,21 @@ namespace {
 template <class T>
 void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   Tile<T> tile(p, columns, item, item.column_begin, item.column_end, scratch);
-  const int64_t group = std::min(Tile<T>::group(p), tile.vectors), ld = leading(group * L);
-  const int64_t out_row = group * L * tile.vector_dims;
-  float* const values = tile.take(scratch, tile.ring * tile.key_row_pixels());
+  const int64_t ld = leading(kGroup * L), out_row = kGroup * L * tile.vector_dims;
+  const PixelRows<T> values(p, p.value, item, tile.key_begin, tile.key_end, tile.ring, scratch);
   float* const logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
   float* const inverse = tile.take(scratch, kRows * ld);
   float* const out = tile.take(scratch, kRows * out_row);
   Gather sums;
-  for (int64_t row = item.row_begin; row < item.row_end; row += kRows) {
-    tile.enter(row, std::min<int64_t>(kRows, item.row_end - row), [&](int64_t k) { tile.copy_keys(p.value, k, values); });
-    for (int64_t from = 0; from < tile.vectors; from += group) {
-      const int64_t to = std::min(from + group, tile.vectors), x = tile.begin + from * L;
+  for (int64_t row = item.row_begin; row < item.row_end; row += tile.rows) {
+    tile.enter(row, item.row_end, [&](int64_t k) { values.fetch(tile.slot(k), tile.map_row(k)); });
+    for (int64_t from = 0; from < tile.vectors; from += kGroup) {
+      const int64_t to = std::min(from + kGroup, tile.vectors), x = tile.begin + from * L;
       tile.product(tile.queries, tile.keys, logits, ld, from, to);
       tile.softmax(logits, inverse, ld, from, to);
       tile.combine(sums, logits, ld, from, values, out, out_row, from, to);
       for (int64_t r = 0; r < tile.rows; ++r)
-        uncopy<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + group * L, tile.end), 1,
+        uncopy<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + kGroup * L, tile.end), 1,
                   inverse + r * ld, out + r * out_row, tile.vector_dims);
     }
   }
@@ -41,9 +40,8 @@ void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item
 
 int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
   const int64_t K = p.kernel, dims = round_up(p.dim, L);
-  const int64_t wide = std::min(Tile<float>::group(p) * L, round_up(columns, L));
   return Tile<float>::floats(p, columns) + (kRows + K - 1) * Tile<float>::key_columns(p, columns) * dims +
-         kRows * ((K * (2 * K - 1) + 1) * leading(wide) + wide * dims);
+         kRows * ((K * (2 * K - 1) + 1) * leading(kGroup * L) + kGroup * L * dims);
 }
 
 void forward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {

@@ -55,7 +55,8 @@ struct Source {
 struct Gather {
   std::vector<Source> sources;
   int64_t weight_step, pixel_step;  // floats from one relative position to the next
-  int64_t dims;                     // floats of a pixel, whole vectors
+  int64_t column_step;              // floats from one source column to the next
+  int64_t dims;                     // of a target pixel, whole vectors
   float* targets[kRows];            // [column][dim]
   int rows;
 };
@@ -64,12 +65,14 @@ struct Gather {
 template <int First, int Count, int Pixels, int Vecs>
 inline __attribute__((always_inline)) void add_source(Vec (&sum)[Pixels][kRows][Vecs], const Source& source, int64_t weight_at,
                                                       int64_t weight_step, int64_t pixel_at, int64_t pixel_step,
-                                                      int64_t pixel_dims, int64_t deltas) {
+                                                      int64_t column_step, int64_t deltas) {
   const float* weight[Count];
 #pragma GCC unroll 8
   for (int r = 0; r < Count; ++r) weight[r] = source.weights[r] + weight_at;
   const float* pixel = source.pixels + pixel_at;
   for (int64_t j = 0; j < deltas; ++j, pixel += pixel_step) {
+    // What the next column wants: with a large dilation that is far from what this one had.
+    for (int i = 0; i < Vecs * L; i += 16) __builtin_prefetch(pixel + Pixels * column_step + i);
 #pragma GCC unroll 4
     for (int p = 0; p < Pixels; ++p) {
       Vec w[Count];
@@ -77,7 +80,7 @@ inline __attribute__((always_inline)) void add_source(Vec (&sum)[Pixels][kRows][
       for (int r = 0; r < Count; ++r) w[r] = splat(weight[r][p]);
 #pragma GCC unroll 8
       for (int i = 0; i < Vecs; ++i) {
-        Vec x = load(pixel + p * pixel_dims + i * L);
+        Vec x = load(pixel + p * column_step + i * L);
         in_register(x);
 #pragma GCC unroll 8
         for (int r = 0; r < Count; ++r) sum[p][First + r][i] += w[r] * x;
@@ -96,7 +99,8 @@ void gather_at(const Gather& g, int64_t x, int64_t d, int64_t low, int64_t high,
   for (const Source& source : g.sources) {
     const auto add = [&](auto first, auto count) __attribute__((always_inline)) {
       add_source<decltype(first)::value, decltype(count)::value, Pixels, Vecs>(
-          sum, source, x + low * g.weight_step, g.weight_step, x * g.dims + d + low * g.pixel_step, g.pixel_step, g.dims,
+          sum, source, x + low * g.weight_step, g.weight_step, x * g.column_step + d + low * g.pixel_step, g.pixel_step,
+          g.column_step,
           high - low + 1);
     };
     using std::integral_constant;

@@ -82,9 +82,8 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
   for (int64_t x = begin; x < end; x += L) {
     const int64_t nx = std::min<int64_t>(L, end - x);
     // Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
-    if (x + kPrefetch + L <= end)
-      for (int64_t i = 0; i < L; ++i)
-        for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) __builtin_prefetch(base + (x + kPrefetch + i) * dx + d);
+    for (int64_t i = 0; i < L; ++i)
+      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) __builtin_prefetch(base + (x + kPrefetch + i) * dx + d);
     for (int64_t d = 0; d < dims; d += L) {
       const int64_t nd = std::min<int64_t>(L, p.dim - d);
       const T* source = base + x * dx + d * dd;
@@ -106,24 +105,24 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
         for (int i = 0; i < L; ++i) store(target + i * ld, block[i]);
       } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < std::min(L, kDimPad); ++i) store(target + i * ld, block[i]);
+        for (int i = 0; i < (L < kDimPad ? L : kDimPad); ++i) store(target + i * ld, block[i]);
       }
     }
   }
 }
 
-// Row `y` of one head: columns [begin, end) times `factor` to out[column - begin][dim], dims padded with zeros to `dims`.
+// Row `y` of one head: columns [begin, end) to out[column - begin][dim], dims padded with zeros to `dims`.
 template <class T>
-void copy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
-          float factor, float* out, int64_t dims) {
+void copy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end, float* out,
+          int64_t dims) {
   const T* pixel = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
                    begin * view.stride[2];
   const int64_t dd = view.stride[4];
   for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
     int64_t d = 0;
     if (dd == 1)
-      for (; d + L <= p.dim; d += L) store(out + d, load_as_float(pixel + d) * splat(factor));
-    for (; d < p.dim; ++d) out[d] = widen(pixel[d * dd]) * factor;
+      for (; d + L <= p.dim; d += L) store(out + d, load_as_float(pixel + d));
+    for (; d < p.dim; ++d) out[d] = widen(pixel[d * dd]);
     for (; d < dims; ++d) out[d] = 0;
   }
 }

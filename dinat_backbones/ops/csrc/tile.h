@@ -17,6 +17,37 @@ struct Range {
   int64_t low, inner_low, inner_high, high;
 };
 
+// Rows of one head as float32 pixels, [column][dim]: read where they are if they are that, else from a copy.
+template <class T>
+struct PixelRows {
+  const Na2dProblem& p;
+  const Na2dView& view;
+  const Item& item;
+  const int64_t begin, end, dims;  // columns that are there; dims: whole vectors
+  const bool in_place;
+  const int64_t column_step;
+  float* copies;
+
+  PixelRows(const Na2dProblem& p, const Na2dView& view, const Item& item, int64_t begin, int64_t end, int64_t slots,
+            float*& scratch)
+      : p(p), view(view), item(item), begin(begin), end(end), dims(round_up(p.dim, L)),
+        in_place(std::is_same_v<T, float> && view.stride[4] == 1 && dims == p.dim),
+        column_step(in_place ? view.stride[2] : dims), copies(scratch) {
+    scratch += slots * (end - begin) * dims;
+  }
+
+  // Makes a map row readable at a slot.
+  void fetch(int64_t slot, int64_t map_row) const {
+    if (!in_place)
+      copy<T>(view, p, item.batch, map_row, item.head, begin, end, copies + slot * (end - begin) * dims, dims);
+  }
+  const float* at(int64_t slot, int64_t map_row, int64_t column) const {
+    if (!in_place) return copies + (slot * (end - begin) + column - begin) * dims;
+    return static_cast<const float*>(view.data) + item.batch * view.stride[0] + map_row * view.stride[1] +
+           column * view.stride[2] + item.head * view.stride[3];
+  }
+};
+
 // The part of scratch that is common to both passes, and the steps they share.
 //
 // Logits and weights of the vectors of queries [from, to) lie as [query row][window row][delta + K - 1][column], counted from
@@ -82,8 +113,6 @@ struct Tile {
   int64_t map_row(int64_t position) const { return position * p.dilation + item.residue; }
   int64_t slot(int64_t key_row) const { return key_row % ring; }
   int64_t stop() const { return start(row + rows - 1) + K; }  // behind the tile's last key row
-  int64_t key_row_pixels() const { return (key_end - key_begin) * vector_dims; }
-  int64_t row_pixels() const { return (end - begin) * vector_dims; }
   // Where the logit (or weight) of a tile row, window row and relative column lies, for the first column.
   int64_t place(int64_t r, int64_t window_row, int64_t delta, int64_t ld) const {
     return ((r * K + window_row) * span + delta + K - 1) * ld;
@@ -93,23 +122,16 @@ struct Tile {
     pack<T>(view, p, item.batch, map_row(key_row), item.head, key_begin, key_end, 1, planes + slot(key_row) * dims * key_ld,
             key_ld);
   }
-  void copy_keys(const Na2dView& view, int64_t key_row, float* pixels) const {
-    copy<T>(view, p, item.batch, map_row(key_row), item.head, key_begin, key_end, 1, pixels + slot(key_row) * key_row_pixels(),
-            vector_dims);
-  }
   void pack_queries(const Na2dView& view, float factor, float* planes) const {
     for (int64_t r = 0; r < rows; ++r)
       pack<T>(view, p, item.batch, map_row(row + r), item.head, begin, end, factor, planes + r * dims * query_ld, query_ld);
   }
-  void copy_queries(const Na2dView& view, float factor, float* pixels) const {
-    for (int64_t r = 0; r < rows; ++r)
-      copy<T>(view, p, item.batch, map_row(row + r), item.head, begin, end, factor, pixels + r * row_pixels(), vector_dims);
-  }
 
-  // Goes to the given query rows; load(key row) is called once for each that comes into reach.
+  // Goes to the next query rows, of those up to `last_row`; load(key row) is called once for each that comes into reach.
   template <class Load>
-  void enter(int64_t first_row, int64_t row_count, Load load) {
-    row = first_row, rows = row_count;
+  void enter(int64_t first_row, int64_t last_row, Load load) {
+    const int64_t left = last_row - first_row, tiles = (left + kRows - 1) / kRows;
+    row = first_row, rows = (left + tiles - 1) / tiles;  // evenly: a row alone has nobody to share with
     for (int64_t k = std::max(packed, start(row)); k < stop(); ++k) {
       pack_keys(p.key, k, keys);
       load(k);
@@ -128,10 +150,6 @@ struct Tile {
       body(k, first, last - first);
     }
   }
-
-  // How many vectors of queries are taken through all steps together: many enough to share most of their keys, few enough
-  // that these and the weights stay in the inner caches.
-  static int64_t group(const Na2dProblem& p) { return std::max<int64_t>(kGroup, 2 * (p.kernel - 1) * p.dilation / L); }
 
   // out[r][window row][delta][column] = <a row r, b row k>; a lies in planes like the queries, b like the keys.
   void product(const float* a, const float* b, float* out, int64_t ld, int64_t from, int64_t to) const {
@@ -205,19 +223,20 @@ struct Tile {
     }
   }
 
-  // out[r][column][dim] = sum over the window of weights * b, for the columns of the vectors [from, to); b lies in pixels, in
-  // the ring. Weights start at vector `origin`, out at vector `from`.
-  void combine(Gather& g, const float* weights, int64_t ld, int64_t origin, const float* b, float* out, int64_t out_row,
-               int64_t from, int64_t to) const {
+  // out[r][column][dim] = sum over the window of weights * source, rows of keys, for the columns of the vectors [from, to).
+  // Weights start at vector `origin`, out at vector `from`.
+  void combine(Gather& g, const float* weights, int64_t ld, int64_t origin, const PixelRows<T>& source, float* out,
+               int64_t out_row, int64_t from, int64_t to) const {
     const int64_t x = begin + from * L;
     g.sources.clear();
     for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-      Source source{b + slot(k) * key_row_pixels() + (x - key_begin) * vector_dims, {}, int(first), int(count)};
+      Source row{source.at(slot(k), map_row(k), x), {}, int(first), int(count)};
       for (int64_t r = 0; r < count; ++r)
-        source.weights[r] = weights + place(first + r, k - start(row + first + r), 0, ld) + (from - origin) * L;
-      g.sources.push_back(source);
+        row.weights[r] = weights + place(first + r, k - start(this->row + first + r), 0, ld) + (from - origin) * L;
+      g.sources.push_back(row);
     });
-    g.weight_step = ld, g.pixel_step = p.dilation * vector_dims, g.dims = vector_dims, g.rows = int(rows);
+    g.dims = vector_dims, g.rows = int(rows);
+    g.column_step = source.column_step, g.pixel_step = p.dilation * source.column_step, g.weight_step = ld;
     for (int64_t r = 0; r < rows; ++r) g.targets[r] = out + r * out_row;
     gather(g, 0, std::min(to * L, end - begin) - from * L, columns.first + x, columns.last + x, false);
   }

@@ -11,8 +11,8 @@ constexpr int kDeltas = L == 16 ? 7 : 4;        // kRows * kDeltas sums must fit
 constexpr int kVecs = L == 16 ? 2 : 4;          // vectors of dims, kPixels * kRows of them in registers at a time
 constexpr int kPixels = L == 16 ? 2 : 1;
 constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
-constexpr int kGroup = 4;                       // vectors of near neighbors that visit a key row together
-constexpr int kPrefetch = 16;                   // columns ahead
+constexpr int kGroup = 4;                       // vectors of queries that are taken through all steps together
+constexpr int kPrefetch = 32;                   // columns ahead
 constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
 
 typedef float Vec __attribute__((vector_size(L * 4)));
