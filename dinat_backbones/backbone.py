@@ -15,6 +15,9 @@ from . import zoo
 from .attention import NeighborhoodAttention2D
 
 
+CHUNK_BYTES = 1 << 20  # of a hidden layer, when a CPU infers
+
+
 class ConvTokenizer(nn.Module):
     """Two 3x3 stride-2 convolutions and a norm: ``[B, in_chans, H, W]`` to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
 
@@ -119,6 +122,17 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or traced:
+            return self._mlp(x)
+        # Some pixels at a time: the hidden layer stays in the cache instead of going through fresh memory.
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        pixels = max(1, CHUNK_BYTES // (self.mlp.fc1.out_features * x.element_size()))
+        for part, result in zip(x.flatten(0, 2).split(pixels), out.flatten(0, 2).split(pixels), strict=True):
+            result.copy_(self._mlp(part))
+        return out
+
+    def _mlp(self, x):
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
 
     def _branch(self, x, gamma):

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, fill_by_name, load_golden
 
 import dinat_backbones
-from dinat_backbones import NAT, DiNAT, DiNAT_s, zoo
+from dinat_backbones import NAT, DiNAT, DiNAT_s, backbone, zoo
 from dinat_backbones.ops import IMPLEMENTATIONS
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
@@ -123,6 +123,16 @@ def test_out_indices():
     assert "norm0.weight" not in model.state_dict()
     (out,) = model(torch.randn(1, 3, 32, 32))
     assert out.shape[1:] == (32, 4, 4)
+
+
+def test_inference_in_pieces_changes_nothing(monkeypatch):
+    model, image = DiNAT(**SMALL, layer_scale=0.5).eval(), torch.randn(2, 3, 40, 50)
+    whole = [out.detach() for out in model(image)]  # gradients are on
+    for size in (1, 5000):  # one pixel at a time; a last piece of another size
+        monkeypatch.setattr(backbone, "CHUNK_BYTES", size)
+        with torch.no_grad():
+            pieces = model(image)
+        assert max((a - b).abs().max() for a, b in zip(pieces, whole, strict=True)) < 1e-5
 
 
 def test_memory_format_does_not_matter():
