@@ -20,11 +20,18 @@ HEADS = json.loads((Path(__file__).parent / "data" / "published_heads.json").rea
 CLASSES, PALETTE = ("cat", "dog"), [[0, 0, 0], [255, 0, 0]]
 
 
+def filled_heads(heads):
+    return {
+        name: torch.full(shape, 3 if name.endswith("num_batches_tracked") else 0.5)
+        for name, shape in HEADS[heads].items()
+    }
+
+
 def old_file(heads="mask_rcnn"):
     """A checkpoint as mmdet 2 wrote it."""
     trunk = fill_by_name(DiNAT(**SMALL)).state_dict()
     state = {f"backbone.{name}": tensor for name, tensor in trunk.items()}
-    state |= {name: torch.full(shape, 0.5) for name, shape in HEADS[heads].items()}
+    state |= filled_heads(heads)
     meta = dict(CLASSES=CLASSES, PALETTE=PALETTE, epoch=36, config="model = dict()", mmdet_version="2.19.0")
     return {"meta": meta, "state_dict": state, "optimizer": {"state": {0: {"step": 1}}}}
 
@@ -146,7 +153,7 @@ def test_published_files_load_strictly_and_give_the_published_features(tmp_path,
     meta, arrays = load_golden(golden)
     trunk = fill_by_name(getattr(dinat_backbones, meta["cls"])(**meta["kwargs"])).state_dict()
     state = {f"backbone.{name}": tensor for name, tensor in trunk.items()}
-    state |= {name: torch.full(shape, 0.5) for name, shape in HEADS[heads].items()}
+    state |= filled_heads(heads)
     torch.save({"meta": {"CLASSES": CLASSES}, "state_dict": state}, tmp_path / "old.pth")
     run_tool(tmp_path / "old.pth", tmp_path / "new.pth", "--to", {"mmdet": "mmdet3", "mmseg": "mmseg1"}[framework])
     load_model(model, tmp_path / "new.pth")

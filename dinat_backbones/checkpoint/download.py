@@ -86,8 +86,8 @@ def _download(address: str, path: Path) -> Path:
         return _download(address, path)
     with response:
         if partial is None or response.status != 206:
-            for file in unfinished:
-                file.unlink()
+            for old in unfinished:
+                old.unlink()
             version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
             if version.startswith("W/"):  # a weak one may stand for other bytes
                 version = ""
