@@ -124,16 +124,13 @@ class Block(nn.Module):
         x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or traced:
-            return self._mlp(x)
-        # Some pixels at a time: the hidden layer stays in the cache instead of going through fresh memory.
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
+        # Some pixels at a time, in place: the hidden layer stays in the cache instead of going through fresh memory.
+        x = x.contiguous()
         pixels = max(1, CHUNK_BYTES // (self.mlp.fc1.out_features * x.element_size()))
-        for part, result in zip(x.flatten(0, 2).split(pixels), out.flatten(0, 2).split(pixels), strict=True):
-            result.copy_(self._mlp(part))
-        return out
-
-    def _mlp(self, x):
-        return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
+        for part in x.flatten(0, 2).split(pixels):
+            part += self._branch(self.mlp(self.norm2(part)), self.gamma2)
+        return x
 
     def _branch(self, x, gamma):
         return self.drop_path(x if gamma is None else gamma * x)

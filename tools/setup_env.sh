@@ -61,11 +61,17 @@ echo "[$stack] 1/4 torch and the build tools"
 mapfile -t base < <(grep -E '^(torch|torchvision|numpy|setuptools)\b' "$requirements")
 with_heartbeat "downloading torch" install "${base[@]}" "$prebuild" wheel ninja psutil cmake
 
-echo "[$stack] 2/4 mmcv and natten (compiled from source: about 10 + 5 minutes on 2 cores)"
+# Built once per stack and torch, then kept: a second checkout on the same machine takes the wheels from there.
+wheels=${XDG_CACHE_HOME:-$HOME/.cache}/dinat_backbones/$version-$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+echo "[$stack] 2/4 mmcv and natten (compiled from source: about 10 + 5 minutes on 2 cores, then kept in $wheels)"
+mkdir -p "$wheels"
 mapfile -t compiled < <(grep -E '^((onedl-)?mmcv|natten)\b' "$requirements")
 for package in "${compiled[@]}"; do
-  MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
-    install --no-build-isolation "${base[@]}" "$package"
+  # pip leaves nothing behind when interrupted: it moves a finished wheel here.
+  CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
+    "$venv/bin/python" -m pip wheel -qq --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
+      --find-links "$wheels" --wheel-dir "$wheels" "$package"
+  install --find-links "$wheels" "${base[@]}" "$package"
 done
 
 echo "[$stack] 3/4 the rest of $requirements"
