@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from . import zoo
 from .attention import NeighborhoodAttention2D
 
-
 CHUNK_BYTES = 1 << 20  # of a hidden layer, when a CPU infers
 
 
