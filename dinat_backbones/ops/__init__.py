@@ -57,8 +57,9 @@ def neighborhood_attention_2d_qkvpacked(
     scale: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """`neighborhood_attention_2d` of query, key and value in one tensor ``[B, H, W, 3, heads, head_dim]``, the output of
-    a qkv projection. Its gradient comes in one tensor, too, which saves a copy where the implementation can do that.
+    """`neighborhood_attention_2d` of one tensor ``[B, H, W, 3, heads, head_dim]``, as a qkv projection leaves it.
+
+    Its gradient comes in one tensor, too, which saves a copy where the implementation can do that.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")

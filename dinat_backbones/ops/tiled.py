@@ -112,8 +112,10 @@ def _weights(query, key, bias, chunk: _Chunk):
 
 
 class _Attention(torch.autograd.Function):
-    """On ``[B, heads, H * W, head_dim]``, the query already scaled; `bias` is ``[heads, kinds, queries of a tile, keys of
-    a tile]``. Returns ``[B, heads, tiles * queries of a tile, head_dim]``."""
+    """On ``[B, heads, H * W, head_dim]``, the query scaled; `bias` is ``[heads, kinds, queries, keys]`` of a tile.
+
+    Returns ``[B, heads, tiles * queries of a tile, head_dim]``.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, bias, rows, columns, width):
