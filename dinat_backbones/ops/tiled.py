@@ -6,7 +6,7 @@ in chunks of bounded size; the backward pass recomputes each chunk's weights and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,19 +81,22 @@ class _Chunk(NamedTuple):
     kinds: torch.Tensor  # [tiles] index into the bias
 
 
-def _chunks(rows: _Axis, columns: _Axis, width: int, logits_per_tile: int) -> Iterator[_Chunk]:
+def _chunks(cut: Sequence[torch.Tensor], width: int, column_kinds: int, logits_per_tile: int) -> Iterator[_Chunk]:
+    """`cut`: the queries, keys and kinds of the rows, then those of the columns."""
+    row_queries, row_keys, row_kinds, column_queries, column_keys, kinds = cut
+
     def over(row, column):  # every row tile with every column tile: [row tiles, column tiles, row slots, column slots]
         return row[:, None, :, None], column[None, :, None, :]
 
-    step = max(1, CHUNK_ELEMENTS // max(1, logits_per_tile * len(columns.kind)))
-    for at in range(0, len(rows.kind), step):
+    step = max(1, CHUNK_ELEMENTS // max(1, logits_per_tile * len(kinds)))
+    for at in range(0, len(row_kinds), step):
         part = slice(at, at + step)
-        query_row, query_column = over(rows.queries[part], columns.queries)
-        key_row, key_column = over(rows.keys[part], columns.keys)
+        query_row, query_column = over(row_queries[part], column_queries)
+        key_row, key_column = over(row_keys[part], column_keys)
         yield _Chunk(
             (query_row * width + query_column).flatten(),
             (key_row * width + key_column).flatten(),
-            (rows.kind[part, None] * columns.bias.shape[0] + columns.kind).flatten(),
+            (row_kinds[part, None] * column_kinds + kinds).flatten(),
         )
 
 
@@ -118,11 +121,11 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, bias, rows, columns, width):
-        ctx.save_for_backward(query, key, value, bias)
-        ctx.cut = rows, columns, width, query.shape[0] * bias[:, 0].numel()
+    def forward(ctx, query, key, value, bias, width, column_kinds, *cut):
+        ctx.save_for_backward(query, key, value, bias, *cut)
+        ctx.sizes = width, column_kinds, query.shape[0] * bias[:, 0].numel()
         parts = []
-        for chunk in _chunks(*ctx.cut):
+        for chunk in _chunks(cut, *ctx.sizes):
             weights = _weights(query, key, bias, chunk)[2].to(value.dtype)
             parts.append((weights @ _pick(value, chunk.keys, len(chunk.kinds))).flatten(2, 3))
         return torch.cat(parts, 2)
@@ -130,11 +133,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, bias = ctx.saved_tensors
+        query, key, value, bias, *cut = ctx.saved_tensors
         grads = [torch.zeros_like(t, dtype=bias.dtype) for t in (query, key, value, bias)]
         grad_query, grad_key, grad_value, grad_bias = grads
         at = 0
-        for chunk in _chunks(*ctx.cut):
+        for chunk in _chunks(cut, *ctx.sizes):
             tiles = len(chunk.kinds)
             q, k, weights = _weights(query, key, bias, chunk)
             v = _pick(value, chunk.keys, tiles)
@@ -151,7 +154,8 @@ class _Attention(torch.autograd.Function):
             grad_logits = grad_logits.to(q.dtype)
             add(grad_query, chunk.queries, grad_logits @ k)
             add(grad_key, chunk.keys, grad_logits.transpose(-1, -2) @ q)
-        return *(grad.to(t.dtype) for grad, t in zip(grads, ctx.saved_tensors, strict=True)), None, None, None
+        # one None for width, for column_kinds and for each of cut
+        return *(grad.to(t.dtype) for grad, t in zip(grads, (query, key, value, bias), strict=True)), *[None] * 8
 
 
 def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Tensor:
@@ -168,7 +172,7 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
     bias = bias.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
     query, key, value = (t.permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (query * scale, key, value))
-    out = _Attention.apply(query, key, value, bias, rows, columns, width)
+    out = _Attention.apply(query, key, value, bias, width, len(columns.bias), *rows[:3], *columns[:3])
     # Every position is taken from one slot; slots that repeat a position get no gradient.
     tile = rows.tile[:, None] * len(columns.kind) + columns.tile
     slot = (tile * rows.queries.shape[1] + rows.place[:, None]) * columns.queries.shape[1] + columns.place
