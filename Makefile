@@ -1,5 +1,5 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
-.PHONY: setup setup-classic demo test test-modern test-classic lint bench bench-classic clean
+.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former test test-modern test-classic lint bench bench-classic clean
 
 PYTEST = -m pytest -q
 
@@ -11,6 +11,15 @@ setup-classic:
 
 demo: setup
 	.venv/bin/python tools/demo.py
+
+demo-cascade: setup
+	.venv/bin/python tools/demo.py cascade-mask-rcnn
+
+demo-seg: setup
+	.venv/bin/python tools/demo.py upernet
+
+demo-mask2former: setup
+	.venv/bin/python tools/demo.py mask2former
 
 test: test-modern test-classic
 

@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from . import zoo
 from .attention import NeighborhoodAttention2D
 
-CHUNK_BYTES = 1 << 20  # of a hidden layer, when a CPU infers
+# Of a hidden layer, when a CPU infers: from which size on it is worth cutting, and the size of the pieces. Smaller ones
+# pay for it: every matrix product rearranges the weights anew.
+LARGE_BYTES, PIECE_BYTES = 16 << 20, 2 << 20
 
 
 class ConvTokenizer(nn.Module):
@@ -124,10 +126,12 @@ class Block(nn.Module):
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or traced:
             return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
-        # Some pixels at a time, in place: the hidden layer stays in the cache instead of going through fresh memory.
+        # In place, and some pixels of a large map at a time, whose hidden layer then stays in the cache.
         x = x.contiguous()
-        pixels = max(1, CHUNK_BYTES // (self.mlp.fc1.out_features * x.element_size()))
-        for part in x.flatten(0, 2).split(pixels):
+        pixels = x.flatten(0, 2)
+        width = self.mlp.fc1.out_features * x.element_size()
+        large = len(pixels) * width >= LARGE_BYTES
+        for part in pixels.split(max(1, PIECE_BYTES // width) if large else len(pixels)):
             part += self._branch(self.mlp(self.norm2(part)), self.gamma2)
         return x
 

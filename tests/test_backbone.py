@@ -128,8 +128,13 @@ def test_out_indices():
 def test_inference_in_pieces_changes_nothing(monkeypatch):
     model, image = DiNAT(**SMALL, layer_scale=0.5).eval(), torch.randn(2, 3, 40, 50)
     whole = [out.detach() for out in model(image)]  # gradients are on
-    for size in (1, 5000):  # one pixel at a time; a last piece of another size
-        monkeypatch.setattr(backbone, "CHUNK_BYTES", size)
+    for large, size in (
+        (0, 1),
+        (0, 5000),
+        (1 << 40, 1),
+    ):  # one pixel at a time; a last piece of another size; no pieces
+        monkeypatch.setattr(backbone, "LARGE_BYTES", large)
+        monkeypatch.setattr(backbone, "PIECE_BYTES", size)
         with torch.no_grad():
             pieces = model(image)
         assert max((a - b).abs().max() for a, b in zip(pieces, whole, strict=True)) < 1e-5

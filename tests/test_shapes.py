@@ -12,7 +12,7 @@ from PIL import Image
 coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is missing; it comes with mmdet")
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "demo" / "mask_rcnn_dinat_shapes.py"
+CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
 
 
 sys.path.insert(0, str(ROOT / "tools"))  # which is no package; worker processes import the module by its name

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 shapes = importlib.import_module("make_shapes")
 
-DEMO = ROOT / "configs" / "demo" / "mask_rcnn_dinat_shapes.py"
+DEMO = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
 
 
 def tool(name, *arguments, cwd):
@@ -31,7 +31,7 @@ def tool(name, *arguments, cwd):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.make_shapes(out, train=2, val=2, size=64, layouts=shapes.LAYOUTS)
+    shapes.make_shapes(out, train=4, val=2, size=64, layouts=shapes.LAYOUTS)
     return out
 
 
@@ -124,6 +124,64 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, detector):
     assert run.returncode != 0 and "neck.fpn_convs.0.conv.weight" in run.stderr
 
 
+# -------------------------------------------------------------------------------------------------- kill and resume
+
+KILLED_AT = """
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 6:
+            import os, signal
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", ["mask-rcnn", "upernet"])
+def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(tmp_path, dataset, name):
+    """Three epochs of four steps, killed outright in the middle of the second."""
+    (tmp_path / "kill_hook.py").write_text(KILLED_AT)
+    parts = ["train_dataloader", "val_dataloader", "test_dataloader"]
+    config = f"_base_ = '{ROOT}/configs/demo/{name}_dinat_shapes.py'\n" + "".join(
+        f"{part} = dict(batch_size=1, dataset=dict(data_root='{dataset}/'))\n" for part in parts
+    )
+    config += "train_cfg = dict(max_epochs=3, val_interval=9)\ndefault_hooks = dict(logger=dict(interval=1))\n"
+    config += "model = dict(backbone=dict(drop_path_rate=0.3, drop_rate=0.1))\n"
+    if name == "mask-rcnn":
+        config += f"val_evaluator = dict(ann_file='{dataset}/annotations/instances_val.json')\n"
+        config += "test_evaluator = val_evaluator\n"
+    (tmp_path / "config.py").write_text(config)
+
+    def train(folder, *options, code=0):
+        run = tool("train.py", "config.py", "--work-dir", folder, *options, cwd=tmp_path)
+        assert run.returncode == code, run.stdout[-2000:] + run.stderr[-2000:]
+        return run
+
+    train("whole")
+    hooks = "custom_hooks=[{'type': 'SeedStepsHook'}, {'type': 'KillHook'}]"
+    imports = "custom_imports.imports=['dinat_backbones.adapters.openmmlab', 'kill_hook']"
+    train("killed", "--cfg-options", hooks, imports, code=-9)
+    assert (tmp_path / "killed" / "last_checkpoint").read_text().endswith("epoch_1.pth")
+    train("killed", "--resume")
+    ends = [torch.load(tmp_path / folder / "epoch_3.pth", weights_only=False) for folder in ("whole", "killed")]
+    assert ends[0]["meta"]["iter"] == ends[1]["meta"]["iter"] == 12
+    weights = [end["state_dict"] for end in ends]
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for file in sorted((tmp_path / folder).glob("*/vis_data/scalars.json"))
+            for line in file.read_text().splitlines()
+            if '"loss"' in line
+        ]
+        for folder in ("whole", "killed")
+    ]
+    assert len(losses[0]) == 12 and losses[0][-1] == losses[1][-1]
+
+
 # ---------------------------------------------------------------------------------------------------- --check-data
 
 SETTINGS = {
@@ -179,7 +237,7 @@ def test_check_data_names_what_is_missing(tmp_path, dataset, layout):
     assert check(0).strip().endswith(f"in {root}: complete")
     (root / file).unlink()
     text = check(1)
-    assert "missing: 1 of 2 files in folder " in text and Path(file).name in text and archive in text
+    assert "missing: 1 of " in text and Path(file).name in text and archive in text
     shutil.rmtree(root / whole) if (root / whole).is_dir() else (root / whole).unlink()
     text = check(1)
     assert f"{'folder' if not whole.endswith('.json') else 'file'} {root / whole}" in text and archive in text

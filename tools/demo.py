@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Train, evaluate and draw a small Mask R-CNN with DiNAT on generated shapes: `python tools/demo.py [--restart]`.
+"""Train, evaluate and draw a small model with DiNAT on generated shapes:
 
-Everything lands in work_dirs/demo. An interrupted run goes on from its last checkpoint, a finished one is only drawn
-anew. It is an error if the mask AP50 on the validation images stays below `REQUIRED_AP50`.
+    python tools/demo.py [mask-rcnn|cascade-mask-rcnn|upernet|mask2former] [--restart]
+
+The picture, work_dirs/demo/MODEL.png, has ground truth beside predictions. An interrupted run goes on from its last
+checkpoint, a finished one is only drawn anew. It is an error if the metric stays below what `DEMOS` demands.
 """
 
 import argparse
-import collections
 import contextlib
 import fcntl
 import hashlib
@@ -18,90 +19,133 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_shapes import FORMAT, make_shapes, print_progress
+from make_shapes import CLASSES, FORMAT, make_shapes, print_progress
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = Path("configs/demo/mask_rcnn_dinat_shapes.py")
 FOLDER = Path("work_dirs/demo")
-TRAINING = FOLDER / "training"
-DATA = FOLDER / "shapes"  # CONFIG reads it there
-SHAPES = dict(train=2000, val=200, size=160, seed=0)
-REQUIRED_AP50 = 0.60
+DATA = FOLDER / "shapes"  # the configs read it there
+SHAPES = dict(train=2000, val=200, size=160, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
 SHOWN_IMAGES = 8
 SHOWN_SCORE = 0.5
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One of the models.
+
+    Attributes:
+        title: for the picture.
+        metrics: what is printed, by its name in the framework's metrics; the first one has to reach `required`.
+        required: in the units of the framework: AP is a fraction, PQ and mIoU are in percent.
+    """
+
+    title: str
+    metrics: dict[str, str]
+    required: float
+
+
+BOXES_AND_MASKS = {
+    "coco/segm_mAP_50": "mask AP50",
+    "coco/segm_mAP": "mask AP",
+    "coco/bbox_mAP_50": "box AP50",
+    "coco/bbox_mAP": "box AP",
+}
+DEMOS = {
+    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60),
+    "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60),
+    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0),
+    "mask2former": Demo(
+        "Mask2Former with DiNAT",
+        {f"coco_panoptic/{name}": name for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")},
+        30.0,
+    ),
+}
 
 
 def main() -> None:
     """Do what is still to be done of: data, training, evaluation, picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", choices=DEMOS, default="mask-rcnn", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true", help="throw the last training away and start afresh")
-    restart = parser.parse_args().restart
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets `_run` stop its command
     os.chdir(ROOT)
     FOLDER.mkdir(parents=True, exist_ok=True)
+    demo, picture = DEMOS[args.model], FOLDER / f"{args.model}.png"
     start = time.monotonic()
     try:
         with _sole_run() as lock:
-            metrics = _demo(restart, lock)
+            training = FOLDER / args.model
+            metrics = _train_and_evaluate(
+                Path(f"configs/demo/{args.model}_dinat_shapes.py"), training, args.restart, lock
+            )
+            draw(training / PREDICTIONS, picture, demo, metrics)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
-    print(f"\n       {'AP':>6} {'AP50':>6}   on {SHAPES['val']} unseen images")
-    for name, key in (("boxes", "bbox"), ("masks", "segm")):
-        print(f"{name:6} {metrics[f'coco/{key}_mAP']:6.3f} {metrics[f'coco/{key}_mAP_50']:6.3f}")
-    print(f"picture: {FOLDER / 'demo.png'}\ntime of this run: {time.monotonic() - start:.0f} s")
-    if metrics["coco/segm_mAP_50"] < REQUIRED_AP50:
-        reached = metrics["coco/segm_mAP_50"]
-        sys.exit(f"mask AP50 is {reached:.3f}, below the {REQUIRED_AP50:.2f} that this demo must reach")
+    print(f"\non {SHAPES['val']} unseen images:")
+    for key, name in demo.metrics.items():
+        print(f"{name:>10} {metrics[key]:6.3f}")
+    print(f"picture: {picture}\ntime of this run: {time.monotonic() - start:.0f} s")
+    key, name = next(iter(demo.metrics.items()))
+    if metrics[key] < demo.required:
+        sys.exit(f"{name} is {metrics[key]:.3f}, below the {demo.required:.2f} that this demo must reach")
 
 
-def _demo(restart: bool, lock: int) -> dict[str, float]:
+# One folder per model holds what mmengine writes (checkpoints, logs) and these.
+PREDICTIONS = "predictions.pkl"  # a folder of label maps for a segmentor
+METRICS = "metrics.json"
+TRAINED = "trained"
+RECIPE = "recipe.txt"
+
+
+def _train_and_evaluate(config: Path, training: Path, restart: bool, lock: int) -> dict[str, float]:
     written = make_shapes(DATA, **SHAPES, replace=True, progress=print_progress)
     counts = f"{SHAPES['train']} training and {SHAPES['val']} validation images"
     print(f"data: {counts} in {DATA}{'' if written else ' (already there)'}")
 
-    recipe = hashlib.sha256(CONFIG.read_bytes() + repr((SHAPES, FORMAT)).encode()).hexdigest()
-    mark = TRAINING / "recipe.txt"
-    if TRAINING.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
+    sources = [config, *sorted((config.parent / "_base_").glob("*.py"))]
+    recipe = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + repr((SHAPES, FORMAT)).encode()).hexdigest()
+    mark = training / RECIPE
+    if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
         print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
-        shutil.rmtree(TRAINING)
-    TRAINING.mkdir(exist_ok=True)
+        shutil.rmtree(training)
+    training.mkdir(exist_ok=True)
     mark.write_text(recipe)
 
-    metrics_file = TRAINING / "metrics.json"
-    predictions_file = TRAINING / "predictions.pkl"
-    if metrics_file.is_file():
+    if (training / METRICS).is_file():
         print("training and evaluation are finished; only drawing again (--restart trains afresh)")
     else:
-        if not (TRAINING / "trained").is_file():
-            resumed = _last_checkpoint()
+        if not (training / TRAINED).is_file():
+            resumed = _last_checkpoint(training)
             print(f"training, resumed from {resumed}" if resumed else "training")
             # evaluated just once, by the command after this one, which also keeps the predictions
             options = ["--resume", "--cfg-options", "train_cfg.val_interval=1000"]
-            _run(lock, "tools/train.py", CONFIG, "--work-dir", TRAINING, *options)
-            (TRAINING / "trained").touch()
+            _run(lock, "tools/train.py", config, "--work-dir", training, *options)
+            (training / TRAINED).touch()
         print("evaluation")
-        results = TRAINING / "evaluation"
+        results = training / "evaluation"
         shutil.rmtree(results, ignore_errors=True)
-        _run(lock, "tools/test.py", CONFIG, _last_checkpoint(), "--work-dir", results, "--out", predictions_file)
+        out = training / PREDICTIONS
+        _run(lock, "tools/test.py", config, _last_checkpoint(training), "--work-dir", results, "--out", out)
         (found,) = results.glob("*/*.json")
-        shutil.copy(found, metrics_file.with_suffix(".partial"))
-        metrics_file.with_suffix(".partial").rename(metrics_file)
-    metrics = json.loads(metrics_file.read_text())
-    # written by the command above; a pickle of someone else's should not be opened like this
-    predictions = pickle.loads(predictions_file.read_bytes())
-    draw(predictions, FOLDER / "demo.png", metrics)
-    return metrics
+        partial = training / f"{METRICS}.partial"
+        shutil.copy(found, partial)
+        partial.rename(training / METRICS)
+    return json.loads((training / METRICS).read_text())
 
 
-def _last_checkpoint() -> Path | None:
-    pointer = TRAINING / "last_checkpoint"  # mmengine writes it after each checkpoint
-    return TRAINING / Path(pointer.read_text().strip()).name if pointer.is_file() else None
+def _last_checkpoint(training: Path) -> Path | None:
+    pointer = training / "last_checkpoint"  # mmengine writes it after each checkpoint
+    return training / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
 @contextlib.contextmanager
@@ -118,7 +162,7 @@ def _sole_run() -> Iterator[int]:
 def _run(lock: int, *command: Any) -> None:
     """Run a Python command, showing what tells its progress; mmengine keeps the full log in its work folder."""
     words = [sys.executable, "-u", *map(str, command)]
-    tail: collections.deque[str] = collections.deque(maxlen=30)
+    tail: deque[str] = deque(maxlen=30)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=[lock])
     try:
         for line in process.stdout:
@@ -135,13 +179,27 @@ def _run(lock: int, *command: Any) -> None:
         sys.exit(f"`{' '.join(words)}` failed with status {status}; its last lines are above")
 
 
-def draw(predictions: list[dict], path: Path, metrics: dict[str, float]) -> None:
+# The picture
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What is drawn: an index into `CLASSES`, a mask ``[H, W]``, and for an instance its box (x1, y1, x2, y2)."""
+
+    label: int
+    mask: np.ndarray
+    box: tuple[float, float, float, float] | None = None
+    score: float | None = None
+
+
+def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -> None:
     """Draw the first validation images to `path` (PNG): ground truth to the left, predictions to the right of it.
 
     Args:
-        predictions: what mmdet's test script writes with `--out`.
+        predictions: what the framework's test script wrote with `--out`.
         path: the picture.
-        metrics: of mmdet's CocoMetric, for the title.
+        demo: which one it is.
+        metrics: for the title.
     """
     import matplotlib
 
@@ -149,64 +207,81 @@ def draw(predictions: list[dict], path: Path, metrics: dict[str, float]) -> None
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    truth = json.loads((DATA / "annotations" / "instances_val.json").read_text())
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    colours = dict(zip(names, plt.get_cmap("Dark2").colors, strict=False))
-    ids = list(names)
-    annotations = collections.defaultdict(list)
-    for annotation in truth["annotations"]:
-        x, y, width, height = annotation["bbox"]
-        box = (x, y, x + width, y + height)
-        annotations[annotation["image_id"]].append((annotation["category_id"], box, annotation["segmentation"], None))
-    predicted = {sample["img_id"]: sample["pred_instances"] for sample in predictions}
-
+    colours = plt.get_cmap("Dark2").colors
     rows = SHOWN_IMAGES // 2
     figure, axes = plt.subplots(rows, 4, figsize=(14, 3.5 * rows + 1.2), layout="constrained", squeeze=False)
     for axis, heading in zip(axes[0], ("ground truth", "prediction") * 2, strict=True):
         axis.set_title(heading, fontsize=14)
     for axis in axes.flat:
         axis.set_axis_off()
-    for index, image in enumerate(truth["images"][:SHOWN_IMAGES]):
-        left, right = axes[index // 2, index % 2 * 2 :][:2]
-        pixels = plt.imread(DATA / "val" / image["file_name"])
-        found = predicted[image["id"]]
-        shown = [
-            (ids[int(label)], box.tolist(), mask, float(score))
-            for label, box, mask, score in zip(
-                found["labels"], found["bboxes"], found["masks"], found["scores"], strict=True
-            )
-            if score >= SHOWN_SCORE
-        ]
-        for axis, instances in ((left, annotations[image["id"]]), (right, shown)):
-            _draw_instances(axis, pixels, instances, names, colours)
-    legend = [Patch(color=colours[i], label=names[i]) for i in names]
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(names), fontsize=13, frameon=False)
-    figure.suptitle(
-        "Mask R-CNN with DiNAT, trained from scratch, on images it has not seen\n"
-        f"mask AP {metrics['coco/segm_mAP']:.2f}, AP50 {metrics['coco/segm_mAP_50']:.2f}; "
-        f"box AP {metrics['coco/bbox_mAP']:.2f}, AP50 {metrics['coco/bbox_mAP_50']:.2f}; "
-        f"predictions with a score of at least {SHOWN_SCORE}",
-        fontsize=15,
-    )
+    shown = zip(_truth(), _predicted(predictions), strict=True)
+    for index, ((file, true), found) in enumerate(shown):
+        pair = axes[index // 2, index % 2 * 2 :][:2]
+        for axis, segments in zip(pair, (true, found), strict=True):
+            _draw_segments(axis, plt.imread(file), segments, colours)
+    legend = [Patch(color=colour, label=name) for colour, name in zip(colours, CLASSES, strict=False)]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=13, frameon=False)
+    values = ", ".join(f"{name} {metrics[key]:.{2 if metrics[key] <= 1 else 1}f}" for key, name in demo.metrics.items())
+    figure.suptitle(f"{demo.title}, trained from scratch, on images it has not seen\n{values}", fontsize=15)
     partial = path.with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=100)
     plt.close(figure)
     partial.rename(path)
 
 
-def _draw_instances(axis, pixels: np.ndarray, instances: list, names: dict, colours: dict) -> None:
+def _truth() -> list[tuple[Path, list[Segment]]]:
+    content = json.loads((DATA / "annotations" / "instances_val.json").read_text())
+    shown = {image["id"]: (DATA / "val" / image["file_name"], []) for image in content["images"][:SHOWN_IMAGES]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] in shown:
+            x, y, width, height = annotation["bbox"]
+            mask, box = coco_mask.decode(annotation["segmentation"]), (x, y, x + width, y + height)
+            shown[annotation["image_id"]][1].append(Segment(annotation["category_id"] - 1, mask, box))
+    return list(shown.values())
+
+
+def _predicted(predictions: Path) -> list[list[Segment]]:
+    if predictions.is_dir():  # label maps, where 0 is unlabelled
+        maps = [np.asarray(Image.open(file)) for file in sorted(predictions.glob("*.png"))[:SHOWN_IMAGES]]
+        return [[Segment(label, found == label + 1) for label in range(len(CLASSES))] for found in maps]
+    # written by our own command; a pickle of someone else's should not be opened like this
+    samples = sorted(pickle.loads(predictions.read_bytes()), key=lambda sample: sample["img_id"])
+    return [_found(sample) for sample in samples[:SHOWN_IMAGES]]
+
+
+def _found(sample: dict) -> list[Segment]:
+    if "pred_panoptic_seg" in sample:
+        panoptic = np.asarray(sample["pred_panoptic_seg"]["sem_seg"]).squeeze()
+        numbers = np.unique(panoptic)
+        # of a thing: its class and 1000 times its number
+        return [Segment(int(n % 1000), panoptic == n) for n in numbers if n % 1000 < len(CLASSES)]
+    found = sample["pred_instances"]
+    columns = (found["labels"].tolist(), found["masks"], found["bboxes"].tolist(), found["scores"].tolist())
+    return [
+        Segment(label, coco_mask.decode(mask), tuple(box), score)
+        for label, mask, box, score in zip(*columns, strict=True)
+        if score >= SHOWN_SCORE
+    ]
+
+
+def _draw_segments(axis, pixels: np.ndarray, segments: list[Segment], colours: tuple) -> None:
     from matplotlib.patches import Rectangle
 
     axis.imshow(pixels, interpolation="bilinear")
-    for category, (x1, y1, x2, y2), rle, score in instances:
-        mask, colour = coco_mask.decode(rle), colours[category]
+    for segment in segments:
+        mask, colour, name = segment.mask, colours[segment.label], CLASSES[segment.label]
+        if not mask.any():
+            continue
         overlay = np.zeros((*mask.shape, 4))
         overlay[mask > 0] = (*colour, 0.4)
         axis.imshow(overlay, interpolation="nearest")
         bounds = (-1, mask.shape[1], -1, mask.shape[0])  # closes the outline of a mask that touches the border
         axis.contour(np.pad(mask, 1), [0.5], colors=["white"], linewidths=1, extent=bounds)
+        if segment.box is None:
+            continue
+        x1, y1, x2, y2 = segment.box
         axis.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
-        label = names[category] if score is None else f"{names[category]} {score:.2f}"
+        label = name if segment.score is None else f"{name} {segment.score:.2f}"
         plate = dict(facecolor=colour, edgecolor="none", pad=1, alpha=0.85)
         # labels grow inwards at the right border
         x, side = (x1, "left") if x1 < 0.7 * mask.shape[1] else (x2, "right")

@@ -35,10 +35,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-CLASSES = ("circle", "square", "triangle", "star", "ring")
+CLASSES = ("circle", "triangle", "star", "ring")
 BACKGROUND = "background"
 LAYOUTS = ("coco", "coco-panoptic", "ade20k", "cityscapes")
-FORMAT = 2  # raise it when the same arguments give other data
+FORMAT = 3  # raise it when the same arguments give other data
 OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
 MIN_VISIBLE_FRACTION = 0.5  # a shape hidden further than that is left out of the scene
 MIN_VISIBLE_PIXELS = 30
@@ -100,12 +100,10 @@ def _polygons(rng: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarr
 
     if name == "circle":
         return regular(48), None
-    if name == "square":
-        return regular(4), None
     if name == "triangle":
         return regular(3), None
     if name == "star":
-        return regular(10, (1.0, rng.uniform(0.38, 0.48))), None
+        return regular(10, (1.0, rng.uniform(0.35, 0.45))), None
     if name == "ring":
         return regular(48), regular(48) * rng.uniform(0.5, 0.65)
     raise ValueError(f"unknown shape {name!r}; expected one of {CLASSES}")

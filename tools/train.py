@@ -37,8 +37,26 @@ def hand_over(script: str, prepare: Callable[[str, Any, list[str]], list[str]]) 
     path = Path(spec.origin or "").parent / ".mim" / "tools" / script if spec else None
     if path is None or not path.is_file():
         stop(f"{scope} with its packaged tools is not installed: {INSTALL}")
-    sys.argv[1:] = prepare(scope, cfg, words)
+    sys.argv[1:] = _without_gpu(prepare(scope, cfg, words), cfg)
     runpy.run_path(str(path), run_name="__main__")
+
+
+def _without_gpu(words: list[str], cfg: Any) -> list[str]:
+    """mmengine takes for granted that every process of torchrun, slurm or MPI has a GPU of its own."""
+    if not any(word.startswith("--launcher") for word in words):
+        return words
+    import torch
+
+    if torch.cuda.is_available():
+        return words
+    torch.cuda.set_device = lambda device: None
+    options = ["env_cfg.dist_cfg.backend=gloo"]
+    if cfg is not None and not cfg.get("model_wrapper_cfg") and not cfg.get("strategy"):
+        unused = cfg.get("find_unused_parameters", False)
+        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+        options += [f"model_wrapper_cfg.{key}={value}" for key, value in wrapper.items()]
+        options.append(f"model_wrapper_cfg.find_unused_parameters={unused}")
+    return [*words, "--cfg-options", *options]
 
 
 def load_config(path: str, **keywords: Any) -> Any:

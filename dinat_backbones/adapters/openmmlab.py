@@ -6,13 +6,19 @@
 The names go into mmengine's root registry, where every framework's own registry looks last.
 """
 
+import random
 from typing import Any
 
+import numpy as np
+import torch
+
 try:
+    from mmengine.dist import get_rank
+    from mmengine.hooks import Hook
     from mmengine.logging import MMLogger
     from mmengine.model import BaseModule
     from mmengine.model.weight_init import PretrainedInit
-    from mmengine.registry import MODELS
+    from mmengine.registry import HOOKS, MODELS
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "mmengine":
         raise
@@ -88,3 +94,31 @@ class DiNAT(_Initialized, backbone.DiNAT, BaseModule):
 @MODELS.register_module(force=True)
 class DiNAT_s(_Initialized, backbone.DiNAT_s, BaseModule):
     """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""
+
+
+@HOOKS.register_module(force=True)
+class SeedStepsHook(Hook):
+    """Makes the random choices of a training step depend on nothing but the run's seed, the rank and the step's number,
+    so that a run that was killed and resumed ends with the weights of one that never stopped.
+
+        custom_hooks = [dict(type="SeedStepsHook")]
+        randomness = dict(seed=0)
+
+    mmengine saves no states of random generators. For data this is exact where the training process reads it
+    (``num_workers=0``), and with workers that start anew each epoch (``persistent_workers=False``) when the checkpoint
+    is from the end of an epoch.
+    """
+
+    def before_train_epoch(self, runner: Any) -> None:  # and once before a run without epochs
+        self._seed(runner, 2 * runner.iter)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self._seed(runner, 2 * runner.iter + 1)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._seed(runner, 2 * (runner.iter + 1))  # for reading the next batch
+
+    def _seed(self, runner: Any, step: int) -> None:
+        words = np.random.SeedSequence([runner.seed, get_rank(), step]).generate_state(3)
+        for word, seed in zip(words.tolist(), (random.seed, np.random.seed, torch.manual_seed), strict=True):
+            seed(word)
