@@ -76,6 +76,8 @@ done
 
 echo "[$stack] 3/4 the rest of $requirements"
 install -r "$requirements" "$prebuild"
+# It asks for numpy 1 and scikit-image; what mmdet's panoptic metric takes from it needs neither.
+install --no-deps panopticapi-lite==0.2.0
 
 echo "[$stack] 4/4 dinat_backbones itself, with its CPU kernel"
 install -r "$requirements" --editable ".[dev]"

@@ -10,6 +10,7 @@ _base_ = [
 
 epochs = 2
 width = 64  # channels of the decoder
+norm = dict(type="SyncBN")  # batches are small, and the pyramid pools to single pixels
 classes = (*_base_.things, "background")
 
 model = dict(
@@ -17,7 +18,12 @@ model = dict(
     data_preprocessor=dict(size=(160, 160), **_base_.normalization),
     backbone=dict(_delete_=True, out_indices=(1, 2, 3), **_base_.small_dinat),
     decode_head=dict(
-        in_channels=[64, 128, 256], in_index=[0, 1, 2], channels=width, num_classes=len(classes), dropout_ratio=0.0
+        in_channels=[64, 128, 256],
+        in_index=[0, 1, 2],
+        channels=width,
+        num_classes=len(classes),
+        norm_cfg=norm,
+        dropout_ratio=0.0,
     ),
     # weighs as much as the decoder: it is what teaches a trunk from scratch the classes
     auxiliary_head=dict(
@@ -25,6 +31,7 @@ model = dict(
         in_index=1,
         channels=width,
         num_classes=len(classes),
+        norm_cfg=norm,
         dropout_ratio=0.0,
         loss_decode=dict(loss_weight=1.0),
     ),
