@@ -32,8 +32,7 @@ from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")
-DATA = FOLDER / "shapes"  # the configs read it there
-SHAPES = dict(train=2000, val=200, size=160, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
+SHAPES = dict(train=2000, val=200, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
 SHOWN_IMAGES = 8
 SHOWN_SCORE = 0.5
 
@@ -46,11 +45,20 @@ class Demo:
         title: for the picture.
         metrics: what is printed, by its name in the framework's metrics; the first one has to reach `required`.
         required: in the units of the framework: AP is a fraction, PQ and mIoU are in percent.
+        size: of the images, in pixels.
+        predictions: name for the test script's `--out`, a folder of label maps for a segmentor.
     """
 
     title: str
     metrics: dict[str, str]
     required: float
+    size: int
+    predictions: str = "predictions.pkl"
+
+    @property
+    def data(self) -> Path:
+        """The shapes, where the config reads them, too."""
+        return FOLDER / f"shapes-{self.size}"
 
 
 BOXES_AND_MASKS = {
@@ -60,13 +68,14 @@ BOXES_AND_MASKS = {
     "coco/bbox_mAP": "box AP",
 }
 DEMOS = {
-    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60),
-    "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60),
-    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0),
+    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160),
+    "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160),
+    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0, 96, "predictions"),
     "mask2former": Demo(
         "Mask2Former with DiNAT",
         {f"coco_panoptic/{name}": name for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")},
         30.0,
+        96,
     ),
 }
 
@@ -85,10 +94,9 @@ def main() -> None:
     try:
         with _sole_run() as lock:
             training = FOLDER / args.model
-            metrics = _train_and_evaluate(
-                Path(f"configs/demo/{args.model}_dinat_shapes.py"), training, args.restart, lock
-            )
-            draw(training / PREDICTIONS, picture, demo, metrics)
+            config = Path(f"configs/demo/{args.model}_dinat_shapes.py")
+            metrics = _train_and_evaluate(demo, config, training, args.restart, lock)
+            draw(training / demo.predictions, picture, demo, metrics)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
     print(f"\non {SHAPES['val']} unseen images:")
@@ -100,20 +108,21 @@ def main() -> None:
         sys.exit(f"{name} is {metrics[key]:.3f}, below the {demo.required:.2f} that this demo must reach")
 
 
-# One folder per model holds what mmengine writes (checkpoints, logs) and these.
-PREDICTIONS = "predictions.pkl"  # a folder of label maps for a segmentor
+# One folder per model holds what mmengine writes (checkpoints, logs), the predictions and these.
 METRICS = "metrics.json"
 TRAINED = "trained"
 RECIPE = "recipe.txt"
 
 
-def _train_and_evaluate(config: Path, training: Path, restart: bool, lock: int) -> dict[str, float]:
-    written = make_shapes(DATA, **SHAPES, replace=True, progress=print_progress)
+def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool, lock: int) -> dict[str, float]:
+    written = make_shapes(demo.data, **SHAPES, size=demo.size, replace=True, progress=print_progress)
     counts = f"{SHAPES['train']} training and {SHAPES['val']} validation images"
-    print(f"data: {counts} in {DATA}{'' if written else ' (already there)'}")
+    print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
     sources = [config, *sorted((config.parent / "_base_").glob("*.py"))]
-    recipe = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + repr((SHAPES, FORMAT)).encode()).hexdigest()
+    recipe = hashlib.sha256(
+        b"".join(p.read_bytes() for p in sources) + repr((SHAPES, demo.size, FORMAT)).encode()
+    ).hexdigest()
     mark = training / RECIPE
     if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
         print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
@@ -134,7 +143,7 @@ def _train_and_evaluate(config: Path, training: Path, restart: bool, lock: int) 
         print("evaluation")
         results = training / "evaluation"
         shutil.rmtree(results, ignore_errors=True)
-        out = training / PREDICTIONS
+        out = training / demo.predictions
         _run(lock, "tools/test.py", config, _last_checkpoint(training), "--work-dir", results, "--out", out)
         (found,) = results.glob("*/*.json")
         partial = training / f"{METRICS}.partial"
@@ -214,7 +223,7 @@ def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -
         axis.set_title(heading, fontsize=14)
     for axis in axes.flat:
         axis.set_axis_off()
-    shown = zip(_truth(), _predicted(predictions), strict=True)
+    shown = zip(_truth(demo.data), _predicted(predictions), strict=True)
     for index, ((file, true), found) in enumerate(shown):
         pair = axes[index // 2, index % 2 * 2 :][:2]
         for axis, segments in zip(pair, (true, found), strict=True):
@@ -229,9 +238,9 @@ def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -
     partial.rename(path)
 
 
-def _truth() -> list[tuple[Path, list[Segment]]]:
-    content = json.loads((DATA / "annotations" / "instances_val.json").read_text())
-    shown = {image["id"]: (DATA / "val" / image["file_name"], []) for image in content["images"][:SHOWN_IMAGES]}
+def _truth(data: Path) -> list[tuple[Path, list[Segment]]]:
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    shown = {image["id"]: (data / "val" / image["file_name"], []) for image in content["images"][:SHOWN_IMAGES]}
     for annotation in content["annotations"]:
         if annotation["image_id"] in shown:
             x, y, width, height = annotation["bbox"]

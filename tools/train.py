@@ -51,7 +51,9 @@ def _without_gpu(words: list[str], cfg: Any) -> list[str]:
         return words
     torch.cuda.set_device = lambda device: None
     options = ["env_cfg.dist_cfg.backend=gloo"]
-    if cfg is not None and not cfg.get("model_wrapper_cfg") and not cfg.get("strategy"):
+    if cfg is not None and cfg.get("strategy", {}).get("type") == "FSDPStrategy":
+        options.append("strategy.model_wrapper.device_id=cpu")
+    elif cfg is not None and not cfg.get("strategy") and not cfg.get("model_wrapper_cfg"):
         unused = cfg.get("find_unused_parameters", False)
         wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         options += [f"model_wrapper_cfg.{key}={value}" for key, value in wrapper.items()]

@@ -11,7 +11,7 @@ epochs = 2
 width = 64  # channels of the FPN and the heads
 levels = dict(out_channels=width, featmap_strides=[8, 16, 32], finest_scale=56)
 classes = _base_.things
-data_root = _base_.shapes_root
+data_root = _base_.shapes_root.format(160)
 
 model = dict(
     data_preprocessor=_base_.normalization,
@@ -45,7 +45,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=_base_.scale, keep_ratio=True),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]

@@ -5,6 +5,7 @@ _base_ = ["mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py", "_
 epochs = 4
 width = 64  # channels of both decoders
 heads = 4
+data_root = _base_.shapes_root.format(96)
 things, stuff = _base_.things, ("background",)
 count = dict(num_things_classes=len(things), num_stuff_classes=len(stuff))
 attention = dict(embed_dims=width, num_heads=heads)
@@ -51,7 +52,7 @@ train_dataloader = dict(
     batch_size=4,
     **_base_.loading,
     dataset=dict(
-        data_root=_base_.shapes_root,
+        data_root=data_root,
         ann_file="annotations/panoptic_train.json",
         data_prefix=dict(img="train/", seg="annotations/panoptic_train/"),
         metainfo=metainfo,
@@ -62,7 +63,7 @@ val_dataloader = dict(
     batch_size=1,
     **_base_.loading,
     dataset=dict(
-        data_root=_base_.shapes_root,
+        data_root=data_root,
         ann_file="annotations/panoptic_val.json",
         data_prefix=dict(img="val/", seg="annotations/panoptic_val/"),
         metainfo=metainfo,
@@ -73,8 +74,8 @@ test_dataloader = val_dataloader
 val_evaluator = dict(
     _delete_=True,
     type="CocoPanopticMetric",
-    ann_file=_base_.shapes_root + "annotations/panoptic_val.json",
-    seg_prefix=_base_.shapes_root + "annotations/panoptic_val/",
+    ann_file=data_root + "annotations/panoptic_val.json",
+    seg_prefix=data_root + "annotations/panoptic_val/",
 )
 test_evaluator = val_evaluator
 

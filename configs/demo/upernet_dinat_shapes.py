@@ -11,11 +11,12 @@ _base_ = [
 epochs = 2
 width = 64  # channels of the decoder
 norm = dict(type="SyncBN")  # batches are small, and the pyramid pools to single pixels
+data_root = _base_.shapes_root.format(96)
 classes = (*_base_.things, "background")
 
 model = dict(
     pretrained=None,
-    data_preprocessor=dict(size=(160, 160), **_base_.normalization),
+    data_preprocessor=dict(size=(96, 96), **_base_.normalization),
     backbone=dict(_delete_=True, out_indices=(1, 2, 3), **_base_.small_dinat),
     decode_head=dict(
         in_channels=[64, 128, 256],
@@ -50,7 +51,7 @@ test_pipeline = [
 ]
 dataset = dict(
     type="BaseSegDataset",
-    data_root=_base_.shapes_root,
+    data_root=data_root,
     metainfo=dict(classes=classes),
     img_suffix=".jpg",
     seg_map_suffix=".png",

@@ -18,7 +18,7 @@ try:
     from mmengine.logging import MMLogger
     from mmengine.model import BaseModule
     from mmengine.model.weight_init import PretrainedInit
-    from mmengine.registry import HOOKS, MODELS
+    from mmengine.registry import FUNCTIONS, HOOKS, MODELS
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "mmengine":
         raise
@@ -122,3 +122,9 @@ class SeedStepsHook(Hook):
         words = np.random.SeedSequence([runner.seed, get_rank(), step]).generate_state(3)
         for word, seed in zip(words.tolist(), (random.seed, np.random.seed, torch.manual_seed), strict=True):
             seed(word)
+
+
+@FUNCTIONS.register_module(force=True)
+def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """`auto_wrap_policy` for FSDP: every transformer block of a trunk is gathered and freed by itself."""
+    return recurse or isinstance(module, backbone.Block)
