@@ -2,7 +2,7 @@
 # it. Besides its size it differs from mmdet's in a larger learning rate and in training all of the trunk at that rate.
 _base_ = ["mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py", "_base_/dinat_shapes.py"]
 
-epochs = 4
+epochs = 10
 width = 64  # channels of both decoders
 heads = 4
 data_root = _base_.shapes_root.format(96)
@@ -32,7 +32,7 @@ model = dict(
         loss_cls=dict(class_weight=[1.0] * (len(things) + len(stuff)) + [0.1]),
     ),
     panoptic_fusion_head=count,
-    train_cfg=dict(num_points=1600),  # as large a part of a map as published
+    train_cfg=dict(num_points=600),  # as large a part of a map as published
     test_cfg=dict(instance_on=False, max_per_image=20),
 )
 
@@ -49,7 +49,7 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=8,
     **_base_.loading,
     dataset=dict(
         data_root=data_root,
@@ -82,7 +82,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=epochs)
 embedding = dict(decay_mult=0.0)
 optim_wrapper = dict(
-    optimizer=dict(lr=5e-4),
+    optimizer=dict(lr=7e-4, betas=(0.9, 0.95)),
     paramwise_cfg=dict(
         custom_keys=dict(
             _delete_=True, query_embed=embedding, query_feat=embedding, level_embed=embedding, rpb=embedding

@@ -8,9 +8,9 @@ _base_ = [
     "_base_/dinat_shapes.py",
 ]
 
-epochs = 2
+epochs = 8
 width = 64  # channels of the decoder
-norm = dict(type="SyncBN")  # batches are small, and the pyramid pools to single pixels
+balance = dict(loss_weight=1.0, class_weight=[1.0] * len(_base_.things) + [0.7])  # most pixels are background
 data_root = _base_.shapes_root.format(96)
 classes = (*_base_.things, "background")
 
@@ -22,9 +22,10 @@ model = dict(
         in_channels=[64, 128, 256],
         in_index=[0, 1, 2],
         channels=width,
+        pool_scales=(2, 3),  # single pixels would be normalized over the batch alone
         num_classes=len(classes),
-        norm_cfg=norm,
         dropout_ratio=0.0,
+        loss_decode=balance,
     ),
     # weighs as much as the decoder: it is what teaches a trunk from scratch the classes
     auxiliary_head=dict(
@@ -32,9 +33,8 @@ model = dict(
         in_index=1,
         channels=width,
         num_classes=len(classes),
-        norm_cfg=norm,
         dropout_ratio=0.0,
-        loss_decode=dict(loss_weight=1.0),
+        loss_decode=balance,
     ),
 )
 
@@ -58,7 +58,7 @@ dataset = dict(
     reduce_zero_label=True,
 )
 train_dataloader = dict(
-    batch_size=4,
+    batch_size=8,
     **_base_.loading,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
@@ -84,8 +84,8 @@ test_evaluator = val_evaluator
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=epochs)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-optim_wrapper = _base_.optimization
-param_scheduler = [_base_.warmup, dict(T_max=epochs, **_base_.decay)]
+optim_wrapper = dict(_base_.optimization, optimizer=dict(_base_.optimization.optimizer, lr=2e-3))
+param_scheduler = [dict(_base_.warmup, end=200), dict(T_max=epochs, **_base_.decay)]
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", **_base_.hooks.logger),
