@@ -27,8 +27,8 @@ TRUNK = """
 custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
 trunk = dict(_delete_=True, type="DiNAT", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3,
              mlp_ratio=2.0)
-classes = ("circle", "triangle", "star", "ring", "background")
-palette = [(0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250), (250, 0, 250)]
+classes = ("circle", "triangle", "ring", "background")
+palette = [(0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250)]
 test_dataloader = dict(dataset=dict(metainfo=dict(classes=classes, palette=palette)))
 """
 MODELS_OF = {
@@ -43,8 +43,8 @@ model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(64, 64)),
     backbone=trunk,
-    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, num_classes=5, norm_cfg=dict(type="BN")),
-    auxiliary_head=dict(in_channels=64, channels=16, num_classes=5, norm_cfg=dict(type="BN")),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, num_classes=4, norm_cfg=dict(type="BN")),
+    auxiliary_head=dict(in_channels=64, channels=16, num_classes=4, norm_cfg=dict(type="BN")),
 )
 test_dataloader["dataset"].update(type="BaseSegDataset", img_suffix=".jpg", seg_map_suffix=".png")
 """,
@@ -56,8 +56,8 @@ layers = dict(self_attn_cfg=dict(embed_dims=32, num_heads=2), ffn_cfg=dict(embed
 model = dict(
     backbone=trunk,
     panoptic_head=dict(
-        in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_things_classes=4, num_stuff_classes=1,
-        num_queries=20, loss_cls=dict(class_weight=[1.0] * 5 + [0.1]),
+        in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_things_classes=3, num_stuff_classes=1,
+        num_queries=20, loss_cls=dict(class_weight=[1.0] * 4 + [0.1]),
         pixel_decoder=dict(
             encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=dict(embed_dims=32, num_heads=2),
                                                       ffn_cfg=dict(embed_dims=32, feedforward_channels=32))),
@@ -66,7 +66,7 @@ model = dict(
         transformer_decoder=dict(num_layers=1, layer_cfg=dict(
             self_attn_cfg=dict(embed_dims=32, num_heads=2), cross_attn_cfg=dict(embed_dims=32, num_heads=2),
             ffn_cfg=dict(embed_dims=32, feedforward_channels=32)))),
-    panoptic_fusion_head=dict(num_things_classes=4, num_stuff_classes=1),
+    panoptic_fusion_head=dict(num_things_classes=3, num_stuff_classes=1),
     test_cfg=dict(object_mask_thr=0.0, iou_thr=0.0, instance_on=False),
 )
 """,

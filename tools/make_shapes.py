@@ -35,11 +35,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-CLASSES = ("circle", "triangle", "star", "ring")
+CLASSES = ("circle", "triangle", "ring")
 BACKGROUND = "background"
-EXTENTS = dict(circle=0.85, triangle=1.2, star=1.15, ring=0.9)  # relative radii: no class is small by its form
+EXTENTS = dict(circle=0.85, triangle=1.2, ring=0.9)  # relative radii: no class is small by its form
 LAYOUTS = ("coco", "coco-panoptic", "ade20k", "cityscapes")
-FORMAT = 4  # raise it when the same arguments give other data
+FORMAT = 5  # raise it when the same arguments give other data
 OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
 MIN_VISIBLE_FRACTION = 0.5  # a shape hidden further than that is left out of the scene
 MIN_VISIBLE_PIXELS = 30
@@ -95,16 +95,14 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
 def _polygons(rng: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Outline of a class around the origin, ``[n, 2]``, at most 1 away from it, and that of its hole if it has one."""
 
-    def regular(corners: int, radii=(1.0,)) -> np.ndarray:
+    def regular(corners: int) -> np.ndarray:
         angles = np.arange(corners) * 2 * np.pi / corners
-        return np.stack([np.cos(angles), np.sin(angles)], 1) * np.resize(radii, corners)[:, None]
+        return np.stack([np.cos(angles), np.sin(angles)], 1)
 
     if name == "circle":
         return regular(48), None
     if name == "triangle":
         return regular(3), None
-    if name == "star":
-        return regular(10, (1.0, rng.uniform(0.35, 0.45))), None
     if name == "ring":
         return regular(48), regular(48) * rng.uniform(0.5, 0.65)
     raise ValueError(f"unknown shape {name!r}; expected one of {CLASSES}")

@@ -8,7 +8,7 @@ _base_ = [
     "_base_/dinat_shapes.py",
 ]
 
-epochs = 8
+epochs = 6
 width = 64  # channels of the decoder
 balance = dict(loss_weight=1.0, class_weight=[1.0] * len(_base_.things) + [0.7])  # most pixels are background
 data_root = _base_.shapes_root.format(96)

@@ -15,16 +15,16 @@ small_dinat = dict(
     init_cfg=dict(type="Xavier", layer="Linear", distribution="uniform"),
 )
 normalization = dict(mean=[127.5, 127.5, 127.5], std=[64.0, 64.0, 64.0])  # of the drawings
-things = ("circle", "triangle", "star", "ring")
+things = ("circle", "triangle", "ring")
 shapes_root = "work_dirs/demo/shapes-{}/"  # by the size of the images
 # reading takes 1 ms an image, and the cores have enough to do
 loading = dict(num_workers=0, persistent_workers=False)
 
-# no decay on norms, biases and rpb
+# No exceptions from the decay, which is next to nothing in so short a run: mmengine would make every parameter a group
+# of its own, which takes a tenth of the time.
 optimization = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=dict(rpb=dict(decay_mult=0.0))),
     clip_grad=dict(max_norm=5.0),
 )
 warmup = dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=60)
