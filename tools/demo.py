@@ -32,7 +32,7 @@ from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")
-SHAPES = dict(train=2000, val=200, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
+SHAPES = dict(val=200, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
 SHOWN_IMAGES = 8
 SHOWN_SCORE = 0.5
 
@@ -45,7 +45,7 @@ class Demo:
         title: for the picture.
         metrics: what is printed, by its name in the framework's metrics; the first one has to reach `required`.
         required: in the units of the framework: AP is a fraction, PQ and mIoU are in percent.
-        size: of the images, in pixels.
+        size, images: the size of the images in pixels, and the number to train on.
         predictions: name for the test script's `--out`, a folder of label maps for a segmentor.
     """
 
@@ -53,6 +53,7 @@ class Demo:
     metrics: dict[str, str]
     required: float
     size: int
+    images: int
     predictions: str = "predictions.pkl"
 
     @property
@@ -68,14 +69,15 @@ BOXES_AND_MASKS = {
     "coco/bbox_mAP": "box AP",
 }
 DEMOS = {
-    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160),
-    "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160),
-    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0, 96, "predictions"),
+    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
+    "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
+    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0, 96, 2000, "predictions"),
     "mask2former": Demo(
         "Mask2Former with DiNAT",
         {f"coco_panoptic/{name}": name for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")},
         30.0,
         96,
+        2000,
     ),
 }
 
@@ -115,13 +117,14 @@ RECIPE = "recipe.txt"
 
 
 def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool, lock: int) -> dict[str, float]:
-    written = make_shapes(demo.data, **SHAPES, size=demo.size, replace=True, progress=print_progress)
-    counts = f"{SHAPES['train']} training and {SHAPES['val']} validation images"
+    arguments = dict(SHAPES, size=demo.size, train=demo.images)
+    written = make_shapes(demo.data, **arguments, replace=True, progress=print_progress)
+    counts = f"{demo.images} training and {SHAPES['val']} validation images"
     print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
     sources = [config, *sorted((config.parent / "_base_").glob("*.py"))]
     recipe = hashlib.sha256(
-        b"".join(p.read_bytes() for p in sources) + repr((SHAPES, demo.size, FORMAT)).encode()
+        b"".join(p.read_bytes() for p in sources) + repr((arguments, FORMAT)).encode()
     ).hexdigest()
     mark = training / RECIPE
     if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
