@@ -71,7 +71,9 @@ BOXES_AND_MASKS = {
 DEMOS = {
     "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
     "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
-    "upernet": Demo("UPerNet with DiNAT", {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}, 70.0, 96, 2000, "predictions"),
+    "upernet": Demo(
+        "UPerNet with DiNAT", {name: name for name in ("mIoU", "mAcc", "aAcc")}, 70.0, 96, 2000, "predictions"
+    ),
     "mask2former": Demo(
         "Mask2Former with DiNAT",
         {f"coco_panoptic/{name}": name for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")},
