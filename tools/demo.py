@@ -125,9 +125,7 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
     print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
     sources = [config, *sorted((config.parent / "_base_").glob("*.py"))]
-    recipe = hashlib.sha256(
-        b"".join(p.read_bytes() for p in sources) + repr((arguments, FORMAT)).encode()
-    ).hexdigest()
+    recipe = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + repr((arguments, FORMAT)).encode()).hexdigest()
     mark = training / RECIPE
     if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
         print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
