@@ -116,7 +116,7 @@ def test_what_is_found_is_drawn_and_named(tmp_path, pictures, kind):
 def test_classes_and_colours_are_those_of_the_config(tmp_path, pictures):
     def all_triangles(model):
         torch.nn.init.zeros_(model.decode_head.conv_seg.weight)
-        model.decode_head.conv_seg.bias.data = torch.tensor([0.0, 0, 9, 0, 0, 0])
+        model.decode_head.conv_seg.bias.data = torch.tensor([0.0, 9, 0, 0])
 
     run = predict.load_predictor(*saved_model(tmp_path, "semantic", all_triangles), device="cpu")
     assert run(pictures / "below/b.png", tmp_path / "out.png") == "triangle"
