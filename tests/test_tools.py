@@ -25,7 +25,7 @@ DEMO = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
 
 def tool(name, *arguments, cwd):
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(cwd)})
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +155,18 @@ def test_a_killed_and_resumed_run_ends_as_an_uninterrupted_one(tmp_path, dataset
         config += "test_evaluator = val_evaluator\n"
     (tmp_path / "config.py").write_text(config)
 
-    def train(folder, *options, code=0):
-        run = tool("train.py", "config.py", "--work-dir", folder, *options, cwd=tmp_path)
+    (tmp_path / "killed.py").write_text(
+        "_base_ = 'config.py'\n"
+        "custom_hooks = [dict(type='SeedStepsHook'), dict(type='KillHook')]\n"
+        "custom_imports = dict(imports=['dinat_backbones.adapters.openmmlab', 'kill_hook'])\n"
+    )
+
+    def train(folder, *options, config="config.py", code=0):
+        run = tool("train.py", config, "--work-dir", folder, *options, cwd=tmp_path)
         assert run.returncode == code, run.stdout[-2000:] + run.stderr[-2000:]
-        return run
 
     train("whole")
-    hooks = "custom_hooks=[{'type': 'SeedStepsHook'}, {'type': 'KillHook'}]"
-    imports = "custom_imports.imports=['dinat_backbones.adapters.openmmlab', 'kill_hook']"
-    train("killed", "--cfg-options", hooks, imports, code=-9)
+    train("killed", config="killed.py", code=-9)
     assert (tmp_path / "killed" / "last_checkpoint").read_text().endswith("epoch_1.pth")
     train("killed", "--resume")
     ends = [torch.load(tmp_path / folder / "epoch_3.pth", weights_only=False) for folder in ("whole", "killed")]
