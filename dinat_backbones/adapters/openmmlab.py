@@ -119,9 +119,10 @@ class SeedStepsHook(Hook):
         self._seed(runner, 2 * (runner.iter + 1))  # for reading the next batch
 
     def _seed(self, runner: Any, step: int) -> None:
-        words = np.random.SeedSequence([runner.seed, get_rank(), step]).generate_state(3)
-        for word, seed in zip(words.tolist(), (random.seed, np.random.seed, torch.manual_seed), strict=True):
-            seed(word)
+        words = np.random.SeedSequence([runner.seed, get_rank(), step]).generate_state(3).tolist()
+        random.seed(words[0])
+        np.random.seed(words[1])
+        torch.manual_seed(words[2])
 
 
 @FUNCTIONS.register_module(force=True)
