@@ -29,6 +29,7 @@ import numpy as np
 from make_shapes import CLASSES, FORMAT, make_shapes, print_progress
 from PIL import Image
 from pycocotools import mask as coco_mask
+from train import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")
@@ -124,8 +125,8 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
     counts = f"{demo.images} training and {SHAPES['val']} validation images"
     print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
-    sources = [config, *sorted((config.parent / "_base_").glob("*.py"))]
-    recipe = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + repr((arguments, FORMAT)).encode()).hexdigest()
+    settings = load_config(str(config), import_custom_modules=False).to_dict()  # of its base files, too
+    recipe = hashlib.sha256(repr((settings, arguments, FORMAT)).encode()).hexdigest()
     mark = training / RECIPE
     if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
         print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
@@ -140,7 +141,7 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
             resumed = _last_checkpoint(training)
             print(f"training, resumed from {resumed}" if resumed else "training")
             # evaluated just once, by the command after this one, which also keeps the predictions
-            options = ["--resume", "--cfg-options", "train_cfg.val_interval=1000"]
+            options = ["--resume", "--cfg-options", "train_cfg.val_begin=1000"]
             _run(lock, "tools/train.py", config, "--work-dir", training, *options)
             (training / TRAINED).touch()
         print("evaluation")
@@ -228,9 +229,9 @@ def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -
         axis.set_axis_off()
     shown = zip(_truth(demo.data), _predicted(predictions), strict=True)
     for index, ((file, true), found) in enumerate(shown):
-        pair = axes[index // 2, index % 2 * 2 :][:2]
+        pair, pixels = axes[index // 2, index % 2 * 2 :][:2], plt.imread(file)
         for axis, segments in zip(pair, (true, found), strict=True):
-            _draw_segments(axis, plt.imread(file), segments, colours)
+            _draw_segments(axis, pixels, segments, colours)
     legend = [Patch(color=colour, label=name) for colour, name in zip(colours, CLASSES, strict=False)]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=13, frameon=False)
     values = ", ".join(f"{name} {metrics[key]:.{2 if metrics[key] <= 1 else 1}f}" for key, name in demo.metrics.items())

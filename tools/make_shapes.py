@@ -64,7 +64,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
-    """Draw one scene of up to 5 shapes, from a quarter to well over half of `size` (pixels) across."""
+    """Draw one scene of up to 5 shapes, from a fifth to over two thirds of `size` (pixels) across."""
     outlines = []
     for _ in range(rng.integers(2, 6)):
         kind = int(rng.integers(len(CLASSES)))

@@ -43,7 +43,7 @@ def hand_over(script: str, prepare: Callable[[str, Any, list[str]], list[str]]) 
 
 def _without_gpu(words: list[str], cfg: Any) -> list[str]:
     """mmengine takes for granted that every process of torchrun, slurm or MPI has a GPU of its own."""
-    if not any(word.startswith("--launcher") for word in words):
+    if cfg is None or not any(word.startswith("--launcher") for word in words):
         return words
     import torch
 
@@ -51,13 +51,17 @@ def _without_gpu(words: list[str], cfg: Any) -> list[str]:
         return words
     torch.cuda.set_device = lambda device: None
     options = ["env_cfg.dist_cfg.backend=gloo"]
-    if cfg is not None and cfg.get("strategy", {}).get("type") == "FSDPStrategy":
+    strategy = cfg.get("strategy") or {}
+    if strategy.get("type") == "FSDPStrategy":
         options.append("strategy.model_wrapper.device_id=cpu")
-    elif cfg is not None and not cfg.get("strategy") and not cfg.get("model_wrapper_cfg"):
-        unused = cfg.get("find_unused_parameters", False)
-        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    elif not strategy and not cfg.get("model_wrapper_cfg"):
+        wrapper = dict(
+            type="MMDistributedDataParallel",
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get("find_unused_parameters", False),
+        )
         options += [f"model_wrapper_cfg.{key}={value}" for key, value in wrapper.items()]
-        options.append(f"model_wrapper_cfg.find_unused_parameters={unused}")
     return [*words, "--cfg-options", *options]
 
 

@@ -49,16 +49,15 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
+dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=classes))
 train_dataloader = dict(
     batch_size=2,  # more steps serve better than larger ones here
     **_base_.loading,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
+        **dataset,
         ann_file="annotations/instances_train.json",
         data_prefix=dict(img="train/"),
-        metainfo=dict(classes=classes),
         pipeline=train_pipeline,
     ),
 )
@@ -67,11 +66,9 @@ val_dataloader = dict(
     **_base_.loading,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="CocoDataset",
-        data_root=data_root,
+        **dataset,
         ann_file="annotations/instances_val.json",
         data_prefix=dict(img="val/"),
-        metainfo=dict(classes=classes),
         test_mode=True,
         pipeline=test_pipeline,
     ),
@@ -83,6 +80,6 @@ test_evaluator = val_evaluator
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=epochs)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-optim_wrapper = dict(_base_.optimization, optimizer=dict(_base_.optimization.optimizer, lr=7e-4))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=7e-4, **_base_.adamw), clip_grad=_base_.clipping)
 param_scheduler = [_base_.warmup, dict(T_max=epochs, **_base_.decay)]
 default_hooks = _base_.hooks

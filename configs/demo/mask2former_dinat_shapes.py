@@ -36,7 +36,10 @@ model = dict(
     test_cfg=dict(instance_on=False, max_per_image=20),
 )
 
-metainfo = dict(classes=things + stuff, thing_classes=things, stuff_classes=stuff, palette=None)
+dataset = dict(
+    data_root=data_root,
+    metainfo=dict(classes=things + stuff, thing_classes=things, stuff_classes=stuff, palette=None),
+)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadPanopticAnnotations"),
@@ -52,10 +55,9 @@ train_dataloader = dict(
     batch_size=8,
     **_base_.loading,
     dataset=dict(
-        data_root=data_root,
+        **dataset,
         ann_file="annotations/panoptic_train.json",
         data_prefix=dict(img="train/", seg="annotations/panoptic_train/"),
-        metainfo=metainfo,
         pipeline=train_pipeline,
     ),
 )
@@ -63,10 +65,9 @@ val_dataloader = dict(
     batch_size=1,
     **_base_.loading,
     dataset=dict(
-        data_root=data_root,
+        **dataset,
         ann_file="annotations/panoptic_val.json",
         data_prefix=dict(img="val/", seg="annotations/panoptic_val/"),
-        metainfo=metainfo,
         pipeline=test_pipeline,
     ),
 )

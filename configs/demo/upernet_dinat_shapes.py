@@ -84,7 +84,7 @@ test_evaluator = val_evaluator
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=epochs, val_interval=epochs)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
-optim_wrapper = dict(_base_.optimization, optimizer=dict(_base_.optimization.optimizer, lr=2e-3))
+optim_wrapper = dict(type="OptimWrapper", optimizer=dict(lr=2e-3, **_base_.adamw), clip_grad=_base_.clipping)
 param_scheduler = [dict(_base_.warmup, end=200), dict(T_max=epochs, **_base_.decay)]
 default_hooks = dict(
     timer=dict(type="IterTimerHook"),

@@ -22,11 +22,8 @@ loading = dict(num_workers=0, persistent_workers=False)
 
 # No exceptions from the decay, which is next to nothing in so short a run: mmengine would make every parameter a group
 # of its own, which takes a tenth of the time.
-optimization = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True),
-    clip_grad=dict(max_norm=5.0),
-)
+adamw = dict(type="AdamW", betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+clipping = dict(max_norm=5.0)
 warmup = dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=60)
 decay = dict(type="CosineAnnealingLR", eta_min=0.0, by_epoch=True, convert_to_iter_based=True)
 hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=1, max_keep_ckpts=2))
