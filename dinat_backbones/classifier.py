@@ -155,7 +155,7 @@ class IsotropicClassifier(_Head, Isotropic):
     """NAT-iso, DiNAT-iso or ViT-rpb: the arguments of `Isotropic`, and `num_classes`, `global_pool` (see `_Head`)."""
 
 
-FAMILIES = {"NAT": NATClassifier, "DiNAT": DiNATClassifier, "DiNAT_s": DiNAT_sClassifier}
+FAMILIES: dict[str, type[_Head]] = {"NAT": NATClassifier, "DiNAT": DiNATClassifier, "DiNAT_s": DiNAT_sClassifier}
 ROWS: dict[str, zoo.Classification | zoo.ImageNet22k] = {**zoo.CLASSIFICATION, **zoo.IMAGENET22K}
 
 
@@ -181,13 +181,20 @@ def create_classifier(
         ValueError: an unknown name, arguments that do not fit together, a file that does not fit.
         FileNotFoundError: no such file, or the download failed.
     """
-    row = zoo.find("classifier", name, ROWS)
-    given: dict[str, Any] = {"arch": row.arch, "num_classes": row.num_classes if num_classes is None else num_classes}
-    if row.arch in zoo.ISOTROPIC:
-        model: _Head = IsotropicClassifier(**{**given, **overrides})
-    else:
-        given |= {"dilations": row.dilations, "kernel_size": row.kernel_size}
-        model = FAMILIES[zoo.ARCHS[row.arch].family](**{**given, **overrides})
+    family, arguments = recipe(name)
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    model = family(**{**arguments, **overrides})
     if pretrained:
-        load_classifier(model, row.checkpoint if pretrained is True else pretrained)
+        load_classifier(model, ROWS[name].checkpoint if pretrained is True else pretrained)
     return model
+
+
+def recipe(name: str) -> tuple[type[_Head], dict[str, Any]]:
+    """The class and the arguments of a published classifier; ValueError with the known names otherwise."""
+    row = zoo.find("classifier", name, ROWS)
+    arguments = {"arch": row.arch, "num_classes": row.num_classes}
+    if row.arch in zoo.ISOTROPIC:
+        return IsotropicClassifier, arguments
+    arguments |= {"dilations": row.dilations, "kernel_size": row.kernel_size}
+    return FAMILIES[zoo.ARCHS[row.arch].family], arguments

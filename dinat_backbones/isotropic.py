@@ -30,6 +30,8 @@ class Isotropic(nn.Module):
         ValueError: an unknown `arch`, arguments that do not fit together.
     """
 
+    stages_name = "layers"
+
     def __init__(
         self,
         arch: str | None = None,

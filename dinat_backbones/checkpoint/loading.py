@@ -36,11 +36,11 @@ def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> 
         checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`.
         prefix: take the keys that start with it, instead of guessing. The classifier (`norm.*`, `head.*`) is dropped.
     """
-    state = _bare(checkpoint, prefix)
+    state = bare_state(checkpoint, prefix)
     return {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)}
 
 
-def _bare(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
+def bare_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
     """The tensors of a state dict behind `prefix` (None: behind those of `PREFIXES` that it has), without it."""
     state = unwrap(checkpoint)
     for start in PREFIXES if prefix is None else (prefix.rstrip(".") + ".",):
@@ -84,6 +84,12 @@ def resize_all_rpb(state: Mapping[str, Tensor], kernel_size: int) -> dict[str, T
     """Those bias tables of `state` that belong to another kernel size, resized; by their names."""
     tables = {key: table for key, table in state.items() if key.endswith(".attn.rpb") and _is_rpb(table)}
     return {k: resize_rpb(t, kernel_size) for k, t in tables.items() if t.shape[-1] != 2 * kernel_size - 1}
+
+
+def resize_rpb_to(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`resize_all_rpb` to the kernel size of the model whose state dict `own` is."""
+    table = next((value for key, value in own.items() if key.endswith(".attn.rpb")), None)
+    return {} if table is None or not _is_rpb(table) else resize_all_rpb(state, table.shape[-1] // 2 + 1)
 
 
 @dataclass(frozen=True)
@@ -142,8 +148,7 @@ def load_backbone(
             f"nothing in {source} fits {family}: the file has {_some(state) or 'no tensors there'}; the model has "
             f"{_some(own)}{_hint(state)}"
         )
-    kernel_size = next((table.shape[-1] // 2 + 1 for key, table in own.items() if key.endswith(".attn.rpb")), None)
-    resized = resize_all_rpb(state, kernel_size) if kernel_size else {}
+    resized = resize_rpb_to(own, state)
     report = _compare(state | resized, own, str(source), tuple(resized))
     if differences := _differences(state, own) + _shape_differences(report):
         raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{_hint(state)}")
@@ -174,9 +179,8 @@ def load_classifier(
         ValueError: a tensor of the model is not in the file, or the other way round, or shapes differ; and whatever
             `read` raises.
     """
-    own, state = model.state_dict(), _bare(read(source, allow_pickle=allow_pickle))
-    kernel_size = next((table.shape[-1] // 2 + 1 for key, table in own.items() if key.endswith(".attn.rpb")), None)
-    resized = resize_all_rpb(state, kernel_size) if kernel_size and kernel_size % 2 else {}
+    own, state = model.state_dict(), bare_state(read(source, allow_pickle=allow_pickle))
+    resized = resize_rpb_to(own, state)
     report = _compare(state | resized, own, str(source), tuple(resized))
     classes = [len(tensors["head.weight"]) if "head.weight" in tensors else 0 for tensors in (state, own)]
     heads = []
