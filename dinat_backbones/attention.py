@@ -1,4 +1,4 @@
-"""The attention modules: neighborhood attention (pad, project to qkv, attend, crop, project), and that over a whole map."""
+"""The attention modules: neighborhood attention (pad, project to qkv, attend, crop, project), and global attention."""
 
 import torch
 from torch import nn
@@ -146,8 +146,8 @@ class GlobalAttention2D(_Attention2D):
     """Multi-head self-attention over a whole map ``[B, size, size, dim]`` with a learned relative positional bias.
 
     It is neighborhood attention whose window covers the map, ``kernel_size=size``, for even sizes, too: the bias of a
-    pair is ``rpb[:, key_row - query_row + size - 1, key_column - query_column + size - 1]``. ViT-rpb, to which the DiNAT
-    paper (arXiv 2209.15001) compares isotropic models, consists of it.
+    pair is ``rpb[:, key_row - query_row + size - 1, key_column - query_column + size - 1]``. ViT-rpb consists of it, to
+    which the DiNAT paper (arXiv 2209.15001) compares isotropic models.
 
     Args:
         size: side of the map, at least 1.

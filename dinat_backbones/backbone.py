@@ -49,7 +49,7 @@ class ConvDownsampler(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Square patches of side P: ``[B, in_chans, H, W]``, zero-padded to multiples of P, to ``[B, H/P, W/P, embed_dim]``."""
+    """Patches of side P: ``[B, in_chans, H, W]``, zero-padded to multiples of P, to ``[B, H/P, W/P, embed_dim]``."""
 
     def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None, patch_size: int = 4):
         super().__init__()
@@ -111,7 +111,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on ``[B, H, W, dim]``; `layer_scale` adds learned factors `gamma1`, `gamma2`."""
 
-    def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: NeighborhoodAttention2D):
+    def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: nn.Module):
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = attention

@@ -1,13 +1,13 @@
 """Image classifiers: the trunks with the ImageNet head, and every published one by its name.
 
-    model = create_classifier("dinat_mini", pretrained=True)
-    logits = model(images)                              # [B, 1000]
-    maps = model.forward_intermediates(images, intermediates_only=True)
+model = create_classifier("dinat_mini", pretrained=True)
+logits = model(images)                              # [B, 1000]
+maps = model.forward_intermediates(images, intermediates_only=True)
 """
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ class _Head(nn.Module):
 
     norm: nn.Module
     head: nn.Module
+    global_pool: str
+    # of the trunk
+    stage_channels: tuple[int, ...]
+    stage_strides: tuple[int, ...]
+    stages_name: str
+    stage_maps: Callable[[torch.Tensor], Iterator[torch.Tensor]]
 
     def __init__(
         self,
@@ -45,7 +51,7 @@ class _Head(nn.Module):
         **kwargs: Any,
     ):
         super().__init__(arch, norm_layer=norm_layer, **kwargs)  # type: ignore[call-arg]  # the trunk
-        self.num_features: int = self.stage_channels[-1]
+        self.num_features = self.stage_channels[-1]
         self.norm = norm_layer(self.num_features)
         self.reset_classifier(num_classes, global_pool)
 
@@ -57,7 +63,7 @@ class _Head(nn.Module):
             raise ValueError(f"global_pool={global_pool!r}: expected 'avg', or '' to keep the map")
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        like = self.norm.weight  # a model that has been moved gets its new head where it is
+        like = next(self.parameters())  # a model that has been moved gets its new head where it is
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         init_linear(self.head)
 
@@ -139,15 +145,15 @@ class _PyramidHead(_Head):
         super().__init__(arch, out_indices=(), **kwargs)
 
 
-class NATClassifier(_PyramidHead, NAT):
+class NATClassifier(_PyramidHead, NAT):  # type: ignore[misc]  # forward returns logits, not maps
     """`NAT` as an image classifier: its arguments but `out_indices`, and `num_classes`, `global_pool` (see `_Head`)."""
 
 
-class DiNATClassifier(_PyramidHead, DiNAT):
+class DiNATClassifier(_PyramidHead, DiNAT):  # type: ignore[misc]
     """`DiNAT` as an image classifier; arguments as for `NATClassifier`."""
 
 
-class DiNAT_sClassifier(_PyramidHead, DiNAT_s):
+class DiNAT_sClassifier(_PyramidHead, DiNAT_s):  # type: ignore[misc]
     """`DiNAT_s` as an image classifier; arguments as for `NATClassifier`."""
 
 

@@ -1,6 +1,7 @@
 """The isotropic models of the DiNAT paper (arXiv 2209.15001): equal blocks on one grid of patches."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class Isotropic(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
 
         def attention(number: int) -> nn.Module:
-            settings = dict(
+            settings: dict[str, Any] = dict(
                 qkv_bias=qkv_bias,
                 qk_scale=qk_scale,
                 attn_drop=attn_drop_rate,

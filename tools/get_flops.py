@@ -4,11 +4,11 @@
     python tools/get_flops.py --all
     python tools/get_flops.py mask_rcnn_dinat_mini dinat_mini configs/mmseg/dinat/CONFIG.py [--size WIDTH HEIGHT]
 
-A published model goes by its name in `dinat_backbones.zoo` or its config; a classifier has no config. MACs are counted as the published ones were
-(fvcore's convention, see dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN head, every box head on 1000
-proposals and every mask head on 100, at 1280 x 800; of a segmentor the trunk and the decode head, but not the auxiliary
-head, at 2048 x 512, or 2560 x 640 for the models of that size; of a classifier everything, at its own size. Parameters
-are all trainable ones.
+A published model goes by its name in `dinat_backbones.zoo` or its config; classifiers have none. MACs are counted as
+the published ones were (fvcore's convention, see dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN
+head, every box head on 1000 proposals and every mask head on 100, at 1280 x 800; of a segmentor the trunk and the
+decode head, but not the auxiliary head, at 2048 x 512, or 2560 x 640 for the models of that size; of a classifier
+everything, at its own size. Parameters are all trainable ones.
 
 Nothing is computed: models are built on torch's meta device. Only Mask2Former's head runs, on zeros: shapes depend on
 its values. Its published MACs are said to be averages over a validation set; ours are those of one size, 800 x 800.

@@ -45,7 +45,8 @@ from .rows import (
 )
 
 __all__ = [
-    "ARCHS", "ISOTROPIC", "Arch", "Isotropic", "arch", "isotropic", "backbone_kwargs", "dilations", "DILATION_SETTINGS", "find",
+    "ARCHS", "ISOTROPIC", "Arch", "Isotropic", "arch", "isotropic", "backbone_kwargs", "dilations",
+    "DILATION_SETTINGS", "find",
     "CLASSIFICATION", "DETECTION", "SEGMENTATION", "MASK2FORMER", "IMAGENET22K", "PRETRAINED", "BOX_HEADS",
     "IMAGENET_MEAN", "IMAGENET_STD",
     "Classification", "ImageNet22k", "Detection", "Segmentation", "Mask2Former", "Row", "rows",

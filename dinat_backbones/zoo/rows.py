@@ -112,7 +112,9 @@ class ImageNet22k:
 IMAGENET22K: dict[str, ImageNet22k] = {
     r.name: r for r in (ImageNet22k("dinat_large"), ImageNet22k("dinat_large", 11), ImageNet22k("dinat_s_large"))
 }
-PRETRAINED: dict[str, str] = {r.name: r.checkpoint for r in (*CLASSIFICATION.values(), *IMAGENET22K.values())}
+PRETRAINED: dict[str, str] = {name: row.checkpoint for name, row in CLASSIFICATION.items()} | {
+    name: row.checkpoint for name, row in IMAGENET22K.items()
+}
 
 
 class Downstream:
