@@ -1,4 +1,4 @@
-"""The attention module of NAT and DiNAT: pad, project to qkv, attend, crop, project."""
+"""The attention modules: neighborhood attention (pad, project to qkv, attend, crop, project), and global attention."""
 
 import torch
 from torch import nn
@@ -7,7 +7,43 @@ from torch.nn import functional as F
 from .ops import check, neighborhood_attention_2d_qkvpacked, reference
 
 
-class NeighborhoodAttention2D(nn.Module):
+class _Attention2D(nn.Module):
+    """What both attention modules consist of, under the published names; `span` is the side of a bias table."""
+
+    rpb: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        span: int,
+        *,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+        rel_pos_bias: bool,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(
+                f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels"
+            )
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(torch.empty(num_heads, span, span))
+            nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+
+class NeighborhoodAttention2D(_Attention2D):
     """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]``, of any height and width from 1 upwards.
 
     A map smaller than ``kernel_size * dilation`` is zero-padded at the bottom and the right *before* `qkv`, so that the
@@ -44,31 +80,23 @@ class NeighborhoodAttention2D(nn.Module):
         rel_pos_bias: bool = True,
         impl: str | None = None,
     ):
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(
-                f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels"
-            )
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
         if dilation < 1:
             raise ValueError(f"dilation={dilation}: expected at least 1")
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        super().__init__(
+            dim,
+            num_heads,
+            2 * kernel_size - 1,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            rel_pos_bias=rel_pos_bias,
+        )
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.impl = impl
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        if rel_pos_bias:
-            span = 2 * kernel_size - 1
-            self.rpb = nn.Parameter(torch.empty(num_heads, span, span))
-            nn.init.trunc_normal_(self.rpb, std=0.02, a=-2.0, b=2.0)
-        else:
-            self.register_parameter("rpb", None)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, return_attention: bool = False):
         """``[B, H, W, dim]`` to the same shape and dtype.
@@ -111,4 +139,77 @@ class NeighborhoodAttention2D(nn.Module):
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, kernel_size={self.kernel_size}, "
             f"dilation={self.dilation}, rel_pos_bias={self.rpb is not None}"
+        )
+
+
+class GlobalAttention2D(_Attention2D):
+    """Multi-head self-attention over a whole map ``[B, size, size, dim]`` with a learned relative positional bias.
+
+    It is neighborhood attention whose window covers the map, ``kernel_size=size``, for even sizes, too: the bias of a
+    pair is ``rpb[:, key_row - query_row + size - 1, key_column - query_column + size - 1]``. ViT-rpb consists of it, to
+    which the DiNAT paper (arXiv 2209.15001) compares isotropic models.
+
+    Args:
+        size: side of the map, at least 1.
+        dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, rel_pos_bias: see `NeighborhoodAttention2D`.
+
+    Raises:
+        ValueError: arguments that do not fit together; from the call, a map of another size.
+
+    The published files hold the index of every pair's bias, `relative_position_index` ``[size**2, size**2]`` in int64
+    (query, key; into a flattened table).
+    """
+
+    relative_position_index: torch.Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        size: int,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        rel_pos_bias: bool = True,
+    ):
+        if size < 1:
+            raise ValueError(f"size={size}: expected at least 1")
+        super().__init__(
+            dim,
+            num_heads,
+            2 * size - 1,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            rel_pos_bias=rel_pos_bias,
+        )
+        self.size = size
+        if rel_pos_bias:
+            # Of pixels numbered in rows of 2 * size - 1, two differ by their offset in a table of that width.
+            pixels = torch.arange(size)
+            number = ((2 * size - 1) * pixels[:, None] + pixels).flatten()
+            self.register_buffer("relative_position_index", number - number[:, None] + number[-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, size, size, dim]`` to the same shape and dtype."""
+        batch, height, width, dim = x.shape
+        if height != self.size or width != self.size:
+            raise ValueError(
+                f"a map of {height}x{width} was given to attention over maps of {self.size}x{self.size}, which has a "
+                f"bias for no other size; build the model for that image size (img_size=...)"
+            )
+        qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        bias = None if self.rpb is None else self.rpb.flatten(1)[:, self.relative_position_index].to(query.dtype)
+        drop = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=drop, scale=self.scale)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, height, width, dim)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, head_dim={self.head_dim}, size={self.size}, "
+            f"rel_pos_bias={self.rpb is not None}"
         )

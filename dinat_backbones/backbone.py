@@ -4,7 +4,7 @@ NAT and DiNAT (arXiv 2204.07143, 2209.15001) use overlapping 3x3 convolutions to
 Swin's frame (4x4 patches, 2x2 merging) around the same attention. Module names are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -49,15 +49,16 @@ class ConvDownsampler(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """4x4 patches: ``[B, in_chans, H, W]``, zero-padded to multiples of 4, to ``[B, H/4, W/4, embed_dim]``."""
+    """Patches of side P: ``[B, in_chans, H, W]``, zero-padded to multiples of P, to ``[B, H/P, W/P, embed_dim]``."""
 
-    def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None):
+    def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None, patch_size: int = 4):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, 4, stride=4)
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         return self.norm(x.permute(0, 2, 3, 1))
 
@@ -110,7 +111,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block on ``[B, H, W, dim]``; `layer_scale` adds learned factors `gamma1`, `gamma2`."""
 
-    def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: NeighborhoodAttention2D):
+    def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: nn.Module):
         super().__init__()
         self.norm1 = norm_layer(dim)
         self.attn = attention
@@ -215,13 +216,14 @@ class _Trunk(nn.Module):
         self.dilations = tuple(map(tuple, dilations))
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
         widths = [embed_dim * 2**i for i in range(len(depths))]
-        self.out_channels = tuple(widths[i] for i in self.out_indices)
-        self.out_strides = tuple(4 * 2**i for i in self.out_indices)
+        self.stage_channels = tuple(widths)
+        self.stage_strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.out_channels = tuple(self.stage_channels[i] for i in self.out_indices)
+        self.out_strides = tuple(self.stage_strides[i] for i in self.out_indices)
 
         self.patch_embed = self.tokenizer(in_chans, embed_dim, norm_layer if patch_norm else None)
         self.pos_drop = nn.Dropout(drop_rate)
-        last = max(1, sum(depths) - 1)
-        drop_path = (drop_path_rate * i / last for i in range(sum(depths)))
+        drop_path = rising(drop_path_rate, sum(depths))
         stages = nn.ModuleList()
         for i, width in enumerate(widths):
             blocks = []
@@ -244,19 +246,24 @@ class _Trunk(nn.Module):
         self.add_module(self.stages_name, stages)
         for i, width in zip(self.out_indices, self.out_channels, strict=True):
             self.add_module(f"norm{i}", norm_layer(width))
-        self.apply(_init_linear)
+        self.apply(init_linear)
         self._freeze()
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images ``[B, in_chans, H, W]`` of any size to one contiguous map ``[B, C_i, ceil(H/s_i), ceil(W/s_i)]`` per
         entry of `out_indices`, with ``C_i`` from `out_channels` and ``s_i`` from `out_strides`."""
-        x = self.pos_drop(self.patch_embed(x))
         outs = []
-        for i, stage in enumerate(getattr(self, self.stages_name)):
-            features, x = stage(x)
+        for i, features in enumerate(self.stage_maps(x)):
             if i in self.out_indices:
                 outs.append(getattr(self, f"norm{i}")(features).permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
+
+    def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What every stage makes of images, before its norm: ``[B, H_i, W_i, C_i]``, one stage at a time."""
+        x = self.pos_drop(self.patch_embed(x))
+        for stage in getattr(self, self.stages_name):
+            features, x = stage(x)
+            yield features
 
     def train(self, mode: bool = True):
         """As `nn.Module.train`, but frozen stages stay in evaluation mode."""
@@ -362,7 +369,13 @@ class DiNAT_s(_Trunk):
     downsampler = PatchMerging
 
 
-def _init_linear(module: nn.Module) -> None:
+def rising(rate: float, blocks: int) -> Iterator[float]:
+    """Stochastic depth of every block, from 0 up to `rate` in equal steps."""
+    return (rate * i / max(1, blocks - 1) for i in range(blocks))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights of standard deviation 0.02 and zero biases, as the published models began."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

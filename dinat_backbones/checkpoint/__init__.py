@@ -11,7 +11,7 @@ tensors into a model, `layouts.py` converts between the programs that wrote them
 
 from .download import fetch
 from .layouts import LAYOUTS, convert
-from .loading import PREFIXES, WRAPPERS, Report, backbone_state, load_backbone, load_model, resize_rpb
+from .loading import PREFIXES, WRAPPERS, Report, backbone_state, load_backbone, load_classifier, load_model, resize_rpb
 from .reading import Inert, read
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "convert",
     "fetch",
     "load_backbone",
+    "load_classifier",
     "load_model",
     "read",
     "resize_rpb",

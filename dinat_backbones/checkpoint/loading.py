@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,12 +36,17 @@ def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> 
         checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`.
         prefix: take the keys that start with it, instead of guessing. The classifier (`norm.*`, `head.*`) is dropped.
     """
+    state = bare_state(checkpoint, prefix)
+    return {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)}
+
+
+def bare_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a state dict behind `prefix` (None: behind those of `PREFIXES` that it has), without it."""
     state = unwrap(checkpoint)
-    prefixes = PREFIXES if prefix is None else (prefix.rstrip(".") + ".",)
-    for start in prefixes:
+    for start in PREFIXES if prefix is None else (prefix.rstrip(".") + ".",):
         inside = {key[len(start) :]: value for key, value in state.items() if str(key).startswith(start)}
         state = inside or (state if prefix is None else {})
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and not str(k).startswith(_CLASSIFIER)}
+    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def resize_rpb(table: Tensor, kernel_size: int) -> Tensor:
@@ -79,6 +84,12 @@ def resize_all_rpb(state: Mapping[str, Tensor], kernel_size: int) -> dict[str, T
     """Those bias tables of `state` that belong to another kernel size, resized; by their names."""
     tables = {key: table for key, table in state.items() if key.endswith(".attn.rpb") and _is_rpb(table)}
     return {k: resize_rpb(t, kernel_size) for k, t in tables.items() if t.shape[-1] != 2 * kernel_size - 1}
+
+
+def resize_rpb_to(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`resize_all_rpb` to the kernel size of the model whose state dict `own` is."""
+    table = next((value for key, value in own.items() if key.endswith(".attn.rpb")), None)
+    return {} if table is None or not _is_rpb(table) else resize_all_rpb(state, table.shape[-1] // 2 + 1)
 
 
 @dataclass(frozen=True)
@@ -137,14 +148,57 @@ def load_backbone(
             f"nothing in {source} fits {family}: the file has {_some(state) or 'no tensors there'}; the model has "
             f"{_some(own)}{_hint(state)}"
         )
-    kernel_size = next((table.shape[-1] // 2 + 1 for key, table in own.items() if key.endswith(".attn.rpb")), None)
-    resized = resize_all_rpb(state, kernel_size) if kernel_size else {}
+    resized = resize_rpb_to(own, state)
     report = _compare(state | resized, own, str(source), tuple(resized))
     if differences := _differences(state, own) + _shape_differences(report):
         raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{_hint(state)}")
     model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
     logger = logger or logging.getLogger(__name__)
     logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
+    return report
+
+
+def load_classifier(
+    model: nn.Module,
+    source: str | os.PathLike,
+    *,
+    allow_pickle: bool = False,
+    logger: logging.Logger | None = None,
+) -> Report:
+    """Load a checkpoint into an image classifier: all of it, but for a head of other classes, or an error.
+
+    Bias tables of another kernel size are resized (see `resize_rpb`). Where the file's `head` has another number of
+    classes, the model keeps its own, which the report says (a warning in the log).
+
+    Args:
+        model: a classifier with `head`, or with ``num_classes=0`` and none; untouched if an error is raised.
+        source, allow_pickle: see `read`. Prefixes and wrappers of training programs are taken off.
+        logger: where the report goes; this module's logger by default.
+
+    Raises:
+        ValueError: a tensor of the model is not in the file, or the other way round, or shapes differ; and whatever
+            `read` raises.
+    """
+    own, state = model.state_dict(), bare_state(read(source, allow_pickle=allow_pickle))
+    resized = resize_rpb_to(own, state)
+    report = _compare(state | resized, own, str(source), tuple(resized))
+    classes = [len(tensors["head.weight"]) if "head.weight" in tensors else 0 for tensors in (state, own)]
+    heads = []
+    if classes[0] != classes[1] and classes[0]:
+        heads = [key for key in ("head.weight", "head.bias") if key in state]
+        kept = {key: shapes for key, shapes in report.mismatched.items() if key not in heads}
+        report = replace(
+            report, mismatched=kept, unexpected=tuple(key for key in report.unexpected if key not in heads)
+        )
+    if differences := _all_differences(report):
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}{_hint(state)}")
+    model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
+    logger = logger or logging.getLogger(__name__)
+    if heads:
+        new = f"the model's for {classes[1]} keeps its random weights" if classes[1] else "the model has none"
+        logger.warning("%s; the file's head is for %d classes, %s", report, classes[0], new)
+    else:
+        logger.info("%s", report)
     return report
 
 
@@ -160,15 +214,18 @@ def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: boo
             `read` raises.
     """
     state = tensors(read(source, allow_pickle=allow_pickle))
-    report = _compare(state, model.state_dict(), str(source))
+    if differences := _all_differences(_compare(state, model.state_dict(), str(source))):
+        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
+    model.load_state_dict(state)
+
+
+def _all_differences(report: Report) -> list[str]:
     differences = _shape_differences(report)
     if report.missing:
         differences.append(f"{len(report.missing)} tensors are not in the file: {_some(report.missing)}")
     if report.unexpected:
         differences.append(f"{len(report.unexpected)} tensors are not in the model: {_some(report.unexpected)}")
-    if differences:
-        raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(state)
+    return differences
 
 
 def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

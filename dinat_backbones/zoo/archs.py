@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from typing import Any, Protocol, TypeVar
 
 _T = TypeVar("_T")
 
 
-def _pick(kind: str, name: object, known: Mapping[str, _T]) -> _T:
+def find(kind: str, name: object, known: Mapping[str, _T]) -> _T:
     """`known[name]`, or an error that names the value, the nearest known name and all of them."""
     if isinstance(name, str) and name in known:
         return known[name]
@@ -91,7 +91,15 @@ def arch(name: str) -> Arch:
     """The trunk of that name; ValueError with the known names otherwise."""
     if isinstance(name, str) and name in ISOTROPIC:
         raise ValueError(f"{name!r} is an isotropic model, not a trunk with stages: look in ISOTROPIC")
-    return _pick("architecture", name, ARCHS)
+    return find("architecture", name, ARCHS)
+
+
+def isotropic(name: str, **changes: Any) -> Isotropic:
+    """The isotropic model of that name with some of its fields changed; ValueError with what is known otherwise."""
+    model = find("isotropic model", name, ISOTROPIC)
+    for field in changes:
+        find("argument", field, {known.name: None for known in fields(model) if known.name != "name"})
+    return replace(model, **changes)
 
 
 # -------------------------------------------------------------------------------------------------------- dilations
@@ -121,7 +129,7 @@ DILATION_SETTINGS: tuple[str, ...] = tuple(_PATTERNS)
 
 def dilations(arch_name: str, setting: str) -> tuple[tuple[int, ...], ...] | None:
     """The dilation of every block of every stage, published for that setting; None (all ones) for every NAT."""
-    trunk, pattern = arch(arch_name), _pick("dilation setting", setting, _PATTERNS)
+    trunk, pattern = arch(arch_name), find("dilation setting", setting, _PATTERNS)
     if trunk.family == "NAT":
         return None
     if trunk.family not in pattern.families:

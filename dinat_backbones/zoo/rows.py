@@ -33,6 +33,8 @@ class Classification:
     drop_path_rate: float | None = None  # None: not published
     file_tag: str = "in1k"
 
+    num_classes: ClassVar[int] = 1000
+
     @property
     def name(self) -> str:
         size = "" if self.resolution == 224 else f"_{self.resolution}"
@@ -83,11 +85,35 @@ CLASSIFICATION: dict[str, Classification] = {r.name: r for r in (
         ("vitrpb_base",           86, 17.5, 82.5))),
 )}  # fmt: skip
 
-# The ImageNet-22k files have heads of 21841 classes. The 11x11 one is the 7x7 one with its rpb tables resized.
+
+@dataclass(frozen=True)
+class ImageNet22k:
+    """ImageNet-22k at 224. The 11x11 file is the 7x7 one with its rpb tables resized."""
+
+    arch: str
+    kernel_size: int = Arch.kernel_size
+
+    num_classes: ClassVar[int] = 21841
+    resolution: ClassVar[int] = 224
+    crop_fraction: ClassVar[float] = 0.875
+    dilations: ClassVar[str] = "imagenet-224"
+    drop_path_rate: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}_21k" + ("_11x11" if self.kernel_size == 11 else "")
+
+    @property
+    def checkpoint(self) -> str:
+        kernel = "_11x11interp" if self.kernel_size == 11 else ""
+        return url(f"dinat/checkpoints/imagenet22k/{self.arch}_in22k_224{kernel}")
+
+
+IMAGENET22K: dict[str, ImageNet22k] = {
+    r.name: r for r in (ImageNet22k("dinat_large"), ImageNet22k("dinat_large", 11), ImageNet22k("dinat_s_large"))
+}
 PRETRAINED: dict[str, str] = {name: row.checkpoint for name, row in CLASSIFICATION.items()} | {
-    "dinat_large_21k": url("dinat/checkpoints/imagenet22k/dinat_large_in22k_224"),
-    "dinat_large_21k_11x11": url("dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp"),
-    "dinat_s_large_21k": url("dinat/checkpoints/imagenet22k/dinat_s_large_in22k_224"),
+    name: row.checkpoint for name, row in IMAGENET22K.items()
 }
 
 

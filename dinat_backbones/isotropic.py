@@ -1,0 +1,89 @@
+"""The isotropic models of the DiNAT paper (arXiv 2209.15001): equal blocks on one grid of patches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from . import zoo
+from .attention import GlobalAttention2D, NeighborhoodAttention2D
+from .backbone import Block, PatchEmbed, init_linear, rising
+
+
+class Isotropic(nn.Module):
+    """NAT-iso, DiNAT-iso and ViT-rpb without their head; parameters are named as in the published files.
+
+    Args:
+        arch: a name of `zoo.ISOTROPIC`; arguments given beside it win over its values. None stands for the values of
+            `nat_isotropic_small`.
+        embed_dim, depth, num_heads, mlp_ratio, patch_size, patch_norm: the architecture; `patch_norm` is the norm after
+            the patch embedding.
+        kernel_size: side of the window; None stands for the whole grid, as in ViT-rpb.
+        dilation_of_odd_blocks: of blocks 1, 3, 5, ... counted from 0; the even ones have 1.
+        img_size: side of the images. It matters where attention covers the whole grid: ViT-rpb takes this size alone,
+            up to what is padded to full patches. The others take any size.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        qkv_bias, qk_scale, drop_rate, attn_drop_rate, rel_pos_bias, norm_layer, in_chans, with_cp, impl: see `NAT`.
+
+    Raises:
+        ValueError: an unknown `arch`, arguments that do not fit together.
+    """
+
+    stages_name = "layers"
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        *,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        rel_pos_bias: bool = True,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        in_chans: int = 3,
+        with_cp: bool = False,
+        impl: str | None = None,
+        **shape,
+    ):
+        super().__init__()
+        design = zoo.isotropic(arch or "nat_isotropic_small", **shape)
+        self.with_cp = with_cp
+        self.patch_embed = PatchEmbed(
+            in_chans, design.embed_dim, norm_layer if design.patch_norm else None, design.patch_size
+        )
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        def attention(number: int) -> nn.Module:
+            settings: dict[str, Any] = dict(
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                attn_drop=attn_drop_rate,
+                proj_drop=drop_rate,
+                rel_pos_bias=rel_pos_bias,
+            )
+            if design.kernel_size is None:
+                size = -(-design.img_size // design.patch_size)
+                return GlobalAttention2D(design.embed_dim, design.num_heads, size, **settings)
+            dilation = (design.dilation_of_odd_blocks or 1) if number % 2 else 1
+            return NeighborhoodAttention2D(
+                design.embed_dim, design.num_heads, design.kernel_size, dilation, impl=impl, **settings
+            )
+
+        self.layers = nn.ModuleList(
+            Block(design.embed_dim, design.mlp_ratio, drop_rate, drop_path, norm_layer, None, attention(number))
+            for number, drop_path in enumerate(rising(design.drop_path_rate, design.depth))
+        )
+        self.stage_channels = (design.embed_dim,) * design.depth
+        self.stage_strides = (design.patch_size,) * design.depth
+        self.apply(init_linear)
+
+    def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What every block makes of images: ``[B, H / patch_size, W / patch_size, C]``, one block at a time."""
+        x = self.pos_drop(self.patch_embed(x))
+        for block in self.layers:
+            recompute = self.with_cp and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            yield x
