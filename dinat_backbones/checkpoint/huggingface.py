@@ -79,7 +79,7 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             classifier's `norm` and `head`.
 
     Returns:
-        Names as in `DinatBackbone`; the classifier's are `layernorm` and `classifier`. No memory is shared with `state`.
+        Names as in `DinatBackbone`, and `layernorm` and `classifier`. No memory is shared with `state`.
 
     Raises:
         ValueError: a name that is none of those, `gamma1` without `gamma2`, a qkv that is not three equal parts.
