@@ -1,10 +1,12 @@
 """The attention modules: neighborhood attention (pad, project to qkv, attend, crop, project), and global attention."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .ops import check, neighborhood_attention_2d_qkvpacked, reference
+from .ops import check, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, reference
 
 
 class _Attention2D(nn.Module):
@@ -109,27 +111,29 @@ class NeighborhoodAttention2D(_Attention2D):
         bottom, right = max(0, reach - height), max(0, reach - width)
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        qkv = self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
+        qkv = self._project(x)
         attention = None
         if return_attention or (self.training and self.attn_drop.p > 0):
-            x, attention = self._attend_with_weights(qkv)
+            x, attention = self._attend_with_weights(*(qkv.unbind(3) if isinstance(qkv, torch.Tensor) else qkv))
         else:
-            x = neighborhood_attention_2d_qkvpacked(
-                qkv,
-                self.rpb,
-                kernel_size=self.kernel_size,
-                dilation=self.dilation,
-                scale=self.scale,
-                impl=self.impl,
+            settings: dict[str, Any] = dict(
+                kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale, impl=self.impl
             )
+            if isinstance(qkv, torch.Tensor):
+                x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, **settings)
+            else:
+                x = neighborhood_attention_2d(*qkv, rpb=self.rpb, **settings)
         if bottom or right:
             x = x[:, :height, :width]
             attention = None if attention is None else attention[:, :height, :width]
         x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
         return (x, attention) if return_attention else x
 
-    def _attend_with_weights(self, qkv):
-        query, key, value = qkv.unbind(3)
+    def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One tensor ``[B, H, W, 3, heads, head_dim]``; three, where a subclass has three projections."""
+        return self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
+
+    def _attend_with_weights(self, query, key, value):
         check(query, key, value, self.rpb, self.kernel_size, self.dilation)
         attention = reference.weights(query, key, self.rpb, self.kernel_size, self.dilation, self.scale)
         out = reference.apply_weights(self.attn_drop(attention), value, self.kernel_size, self.dilation)

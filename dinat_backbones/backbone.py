@@ -117,7 +117,8 @@ class Block(nn.Module):
         self.attn = attention
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.hidden = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden, drop)
         for name in ("gamma1", "gamma2"):
             gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
             self.register_parameter(name, gamma)
@@ -130,7 +131,7 @@ class Block(nn.Module):
         # In place, and some pixels of a large map at a time, whose hidden layer then stays in the cache.
         x = x.contiguous()
         pixels = x.flatten(0, 2)
-        width = self.mlp.fc1.out_features * x.element_size()
+        width = self.hidden * x.element_size()
         large = len(pixels) * width >= LARGE_BYTES
         for part in pixels.split(max(1, PIECE_BYTES // width) if large else len(pixels)):
             part += self._branch(self.mlp(self.norm2(part)), self.gamma2)
@@ -143,7 +144,7 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """A run of blocks, then (but for the last stage) a downsampler."""
 
-    def __init__(self, blocks: list[Block], downsample: nn.Module | None, with_cp: bool):
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None, with_cp: bool):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample

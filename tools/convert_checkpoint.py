@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Convert published mmdet 2, mmseg 0 and ImageNet checkpoints to present ones, and back:
+"""Convert published mmdet 2, mmseg 0, ImageNet and transformers checkpoints to present ones, and back:
 
-    python tools/convert_checkpoint.py SOURCE TARGET --to imagenet|mmdet2|mmseg0|mmdet3|mmseg1
-                                       [--kernel-size K] [--force] [--allow-pickle]
+    python tools/convert_checkpoint.py SOURCE TARGET
+        --to imagenet|mmdet2|mmseg0|mmdet3|mmseg1|huggingface|huggingface-nat
+        [--kernel-size K] [--force] [--allow-pickle]
 
 SOURCE is a file or an http(s) address; its layout is recognised. TARGET is a .pth, .pt or .safetensors file. What
 became of every entry is printed. The target is written under another name first, so that it is complete or not there.

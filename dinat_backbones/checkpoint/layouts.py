@@ -11,11 +11,12 @@ class names, from `meta.CLASSES` and `meta.PALETTE` to `meta.dataset_meta`.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from . import huggingface
 from .loading import WRAPPERS, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
@@ -34,11 +35,13 @@ class Layout:
         bare: a state dict without anything around it, the trunk's names without `backbone.`; False for OpenMMLab's
             dictionary of "meta" and "state_dict".
         class_key: where in "meta" the classes are, with {} for "classes" or "palette"; a dot leads into a dictionary.
+        model: what transformers puts before the names of a classifier's trunk; "" for other programs.
     """
 
     description: str
     bare: bool = False
     class_key: str = ""
+    model: str = ""
 
 
 LAYOUTS = {
@@ -47,6 +50,8 @@ LAYOUTS = {
     "mmseg0": Layout("mmseg 0", class_key="{upper}"),
     "mmdet3": Layout("mmdet 3", class_key="dataset_meta.{lower}"),
     "mmseg1": Layout("mmseg 1", class_key="dataset_meta.{lower}"),
+    "huggingface": Layout("transformers: DinatForImageClassification or DinatBackbone", bare=True, model="dinat."),
+    "huggingface-nat": Layout("transformers: NatForImageClassification or NatBackbone", bare=True, model="nat."),
 }
 
 
@@ -89,7 +94,7 @@ def convert(
     changes = []
     for source, (name, tensor) in common.items():
         classifier = name.startswith(_CLASSIFIER)
-        if classifier if not layout.bare else not (classifier or name.startswith("backbone.")):
+        if not name or (classifier if not layout.bare else not (classifier or name.startswith("backbone."))):
             changes.append(Change("dropped", source, note=f"no place in the layout of {layout.description}"))
             continue
         target = name.removeprefix("backbone.") if layout.bare else name
@@ -99,6 +104,8 @@ def convert(
             changes.append(Change("resized", source, target, f"{shape} -> {list(resized[name].shape)}"))
         else:
             changes.append(Change("kept" if source == target else "renamed", source, target, shape))
+    if layout.model:
+        state, changes = _for_transformers(state, changes, layout.model)
     meta, more = _meta(checkpoint, layout)
     return (state if layout.bare else {"meta": meta, "state_dict": state}), changes + more
 
@@ -106,6 +113,8 @@ def convert(
 def _common(checkpoint: Mapping[str, Any], to: str) -> dict[str, tuple[str, Tensor]]:
     """Name in the file -> name in the common form, and the tensor."""
     state = tensors(checkpoint)
+    if huggingface.find_prefix(state) is not None:
+        return _from_transformers(state)
     if any(key.startswith("patch_embed.") for key in state):
         return {key: (key if key.startswith(_CLASSIFIER) else f"backbone.{key}", value) for key, value in state.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
@@ -113,8 +122,44 @@ def _common(checkpoint: Mapping[str, Any], to: str) -> dict[str, tuple[str, Tens
         return {key: (key, value) for key, value in state.items()}
     raise ValueError(
         f"cannot convert to {to}: expected a NAT or DiNAT checkpoint of ImageNet, mmdet or mmseg with patch_embed.* or "
-        f"backbone.patch_embed.*, and the file has {', '.join((others or list(state))[:4]) or 'no tensors'}"
+        "backbone.patch_embed.*, or one of transformers, and the file has "
+        f"{', '.join((others or list(state))[:4]) or 'no tensors'}"
     )
+
+
+def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """`_common` of a file of transformers: several tensors that become one have one name, `{query,key,value}`, and
+    the rows of one that becomes several have several."""
+    prefix = huggingface.find_prefix(state) or ""
+    trunk, others = huggingface.split_prefix(state)
+    common: dict[str, tuple[str, Tensor]] = {}
+    for names, targets in huggingface.steps_from_huggingface(trunk):
+        source = huggingface.label(tuple(name if name in state else prefix + name for name in names))
+        for row, (name, tensor) in enumerate(targets.items()):
+            name = name if name.startswith(_CLASSIFIER) else f"backbone.{name}"
+            common[source if len(targets) == 1 else f"{source}[{row}]"] = name, tensor
+    return common | {name: ("", tensor) for name, tensor in others.items()}
+
+
+def _for_transformers(
+    state: Mapping[str, Tensor], changes: list[Change], model: str
+) -> tuple[dict[str, Tensor], list[Change]]:
+    """A bare state dict under the names of transformers, and what became of every entry since it was read."""
+    classifier = any(name.startswith("head.") for name in state)
+    new: dict[str, Tensor] = {}
+    labels: dict[str, str] = {}
+    for names, targets in huggingface.steps_to_huggingface(state):
+        named = {(model if classifier and not k.startswith("classifier.") else "") + k: t for k, t in targets.items()}
+        new |= named
+        labels |= dict.fromkeys(names, huggingface.label(tuple(named)))
+    renamed = []
+    for change in changes:
+        if change.target:
+            target = labels[change.target]
+            kind = change.kind if change.kind == "resized" else "kept" if change.source == target else "renamed"
+            change = replace(change, kind=kind, target=target)
+        renamed.append(change)
+    return new, renamed
 
 
 def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[Change]]:

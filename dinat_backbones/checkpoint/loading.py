@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import zoo
+from . import huggingface
 from .reading import read
 
 # Where frameworks put the weights inside their checkpoints, in order of preference.
@@ -33,7 +34,8 @@ def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> 
     """The trunk's tensors under the trunk's own names, from a classification, detection or segmentation checkpoint.
 
     Args:
-        checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`.
+        checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`, or a file
+            of transformers.
         prefix: take the keys that start with it, instead of guessing. The classifier (`norm.*`, `head.*`) is dropped.
     """
     state = bare_state(checkpoint, prefix)
@@ -43,6 +45,8 @@ def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> 
 def bare_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
     """The tensors of a state dict behind `prefix` (None: behind those of `PREFIXES` that it has), without it."""
     state = unwrap(checkpoint)
+    if prefix is None and huggingface.find_prefix(state) is not None:
+        state = huggingface.from_huggingface(huggingface.split_prefix(state)[0])
     for start in PREFIXES if prefix is None else (prefix.rstrip(".") + ".",):
         inside = {key[len(start) :]: value for key, value in state.items() if str(key).startswith(start)}
         state = inside or (state if prefix is None else {})

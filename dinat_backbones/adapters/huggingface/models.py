@@ -1,0 +1,215 @@
+"""The models that transformers published: bare, with a classifier, and as a backbone of other models."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration import DinatConfig, NatConfig
+from .layers import NatEmbeddings, NatEncoder, NatLayer, NatSelfAttention
+
+
+@dataclass
+class NatModelOutput(BaseModelOutputWithPooling):
+    """Output of NatModel and DinatModel: `last_hidden_state` ``[B, H/32, W/32, C]`` (sizes rounded up), `pooler_output`
+    ``[B, C]``, `hidden_states` of the embeddings and after every stage with its downsampler ``[B, H_i, W_i, C_i]``,
+    `attentions` of every stage's last layer ``[B, heads, H_i, W_i, K * K]``, `reshaped_hidden_states`
+    ``[B, C_i, H_i, W_i]``."""
+
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class NatImageClassifierOutput(ImageClassifierOutput):
+    """`loss` and `logits` ``[B, num_labels]``; the others as in `NatModelOutput`."""
+
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+def _finish(output, return_dict: bool):
+    """The output, or the tuple that was published: without the reshaped maps, with a pooler's None."""
+    if return_dict:
+        return output
+    names = [field.name for field in fields(output) if field.name != "reshaped_hidden_states"]
+    return tuple(output[name] for name in names if output.get(name) is not None or name == "pooler_output")
+
+
+class NatPreTrainedModel(PreTrainedModel):
+    """What all models share: configuration, initial weights, checkpoint layout."""
+
+    config_class = NatConfig
+    base_model_prefix = "nat"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NatLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NatSelfAttention):
+            init.trunc_normal_(module.rpb, std=self.config.initializer_range)
+        elif isinstance(module, NatLayer) and module.layer_scale_parameters is not None:
+            init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        model: Any = getattr(self, self.base_model_prefix, self)
+        return model.embeddings.patch_embeddings
+
+    def _wanted(self, **given: bool | None) -> tuple[bool, ...]:
+        return tuple(getattr(self.config, name) if value is None else value for name, value in given.items())
+
+
+class NatModel(NatPreTrainedModel):
+    """The trunk with its last norm, which gives ``[B, H, W, C]``, and a mean over the map.
+
+    Raises:
+        ValueError: depths, num_heads, dilations or patch_size of `config` that do not fit together.
+    """
+
+    def __init__(self, config: NatConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.num_levels = len(config.depths)
+        self.num_features = config.embed_dim * 2 ** (self.num_levels - 1)
+        self.embeddings = NatEmbeddings(config)
+        self.encoder = NatEncoder(config)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NatModelOutput | tuple:
+        """Images ``[B, num_channels, H, W]`` of any size to a `NatModelOutput`; arguments as everywhere in
+        transformers.
+
+        Raises:
+            ValueError: no `pixel_values`, or ones of another shape.
+        """
+        attentions, hidden, as_dict = self._wanted(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
+        )
+        if pixel_values is None:
+            raise ValueError("pixel_values are missing; expected images [B, num_channels, H, W]")
+        states, _, weights = self.encoder(self.embeddings(pixel_values), attentions)
+        last = self.layernorm(states[-1])
+        output = NatModelOutput(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last.flatten(1, 2).mT).flatten(1),
+            hidden_states=states if hidden else None,
+            attentions=weights,
+            reshaped_hidden_states=tuple(state.permute(0, 3, 1, 2) for state in states) if hidden else None,
+        )
+        return _finish(output, as_dict)
+
+
+class NatForImageClassification(NatPreTrainedModel):
+    """A linear classifier on the pooled output.
+
+    With one label it is a regression (mean squared error), otherwise cross-entropy; `config.problem_type` decides where
+    that is not meant.
+    """
+
+    model_class: type[NatModel] = NatModel
+
+    def __init__(self, config: NatConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        model = self.model_class(config)
+        setattr(self, self.base_model_prefix, model)
+        self.classifier = nn.Linear(model.num_features, self.num_labels) if self.num_labels else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> NatImageClassifierOutput | tuple:
+        """As `NatModel`; `labels` ``[B]`` are class indices (int64) or, for a regression, values."""
+        (as_dict,) = self._wanted(return_dict=return_dict)
+        model = getattr(self, self.base_model_prefix)
+        outputs = model(pixel_values, output_attentions, output_hidden_states, return_dict=True)
+        logits = self.classifier(outputs.pooler_output)
+        output = NatImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+        return _finish(output, as_dict)
+
+
+class NatBackbone(BackboneMixin, NatPreTrainedModel):
+    """Feature maps ``[B, C_i, H_i, W_i]`` of `config.out_features`, each with a norm of its own, for detection and
+    segmentation models; `channels` has the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32."""
+
+    def __init__(self, config: NatConfig):
+        super().__init__(config)
+        self.embeddings = NatEmbeddings(config)
+        self.encoder = NatEncoder(config)
+        self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]
+        norms = zip(self.out_features, self.channels, strict=True)
+        self.hidden_states_norms = nn.ModuleDict({stage: nn.LayerNorm(channels) for stage, channels in norms})
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BackboneOutput:
+        """Images ``[B, num_channels, H, W]`` of any size; the `hidden_states` are ``[B, H_i, W_i, C_i]``."""
+        attentions, hidden = self._wanted(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
+        _, states, weights = self.encoder(self.embeddings(pixel_values), attentions)
+        maps = zip(self.stage_names, states, strict=True)
+        return BackboneOutput(
+            feature_maps=tuple(
+                self.hidden_states_norms[stage](state).permute(0, 3, 1, 2).contiguous()
+                for stage, state in maps
+                if stage in self.out_features
+            ),
+            hidden_states=states if hidden else None,
+            attentions=weights,
+        )
+
+
+class DinatPreTrainedModel(NatPreTrainedModel):
+    """`NatPreTrainedModel` with dilations."""
+
+    config_class = DinatConfig
+    base_model_prefix = "dinat"
+
+
+class DinatModel(DinatPreTrainedModel, NatModel):
+    """`NatModel` with dilations."""
+
+
+class DinatForImageClassification(DinatPreTrainedModel, NatForImageClassification):
+    """`NatForImageClassification` with dilations."""
+
+    model_class = DinatModel
+
+
+class DinatBackbone(DinatPreTrainedModel, NatBackbone):
+    """`NatBackbone` with dilations."""
