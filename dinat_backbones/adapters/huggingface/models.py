@@ -36,8 +36,9 @@ def _finish(output, return_dict: bool):
     """The output, or the tuple that was published: without the reshaped maps, with a pooler's None."""
     if return_dict:
         return output
-    names = [field.name for field in fields(output) if field.name != "reshaped_hidden_states"]
-    return tuple(output[name] for name in names if output.get(name) is not None or name == "pooler_output")
+    values = {field.name: getattr(output, field.name) for field in fields(output)}
+    del values["reshaped_hidden_states"]
+    return tuple(value for name, value in values.items() if value is not None or name == "pooler_output")
 
 
 class NatPreTrainedModel(PreTrainedModel):
