@@ -2,23 +2,28 @@
 
 Every conversion goes through one form: tensors under the names of a present OpenMMLab model (`backbone.*`, `neck.*`,
 `decode_head.*`, ...; `norm.*` and `head.*` of an ImageNet classifier), and the names and colours of the classes. To add
-a program, let `_common` recognise its files and put what it reads into `LAYOUTS`.
+a program, let `_to_common` recognise its files, `_from_common` name its tensors, and put it into `LAYOUTS`. The names
+of a Mask2Former are in `mask2former.py`.
 
 Between mmdet 2.19 / mmseg 0.20, which the published models were trained with, and mmdet 3 / mmseg 1 no tensor of Mask
 R-CNN, Cascade Mask R-CNN and UPerNet with its auxiliary head has changed its name or shape. What has moved are the
 class names, from `meta.CLASSES` and `meta.PALETTE` to `meta.dataset_meta`.
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from . import mask2former
 from .loading import WRAPPERS, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
+_TRUNKS = ("backbone.bottom_up.", "backbone.")  # detectron2 puts a trunk with a feature pyramid into the pyramid
 # the modules of mmdet's and mmseg's models
 _OPENMMLAB = re.compile(
     r"(backbone|neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|semantic_head|decode_head|auxiliary_head)\."
@@ -31,8 +36,8 @@ class Layout:
 
     Attributes:
         description: in words.
-        bare: a state dict without anything around it, the trunk's names without `backbone.`; False for OpenMMLab's
-            dictionary of "meta" and "state_dict".
+        bare: a state dict without anything around it, the trunk's names without `backbone.`; False for a dictionary
+            of which it is a part.
         class_key: where in "meta" the classes are, with {} for "classes" or "palette"; a dot leads into a dictionary.
     """
 
@@ -47,12 +52,17 @@ LAYOUTS = {
     "mmseg0": Layout("mmseg 0", class_key="{upper}"),
     "mmdet3": Layout("mmdet 3", class_key="dataset_meta.{lower}"),
     "mmseg1": Layout("mmseg 1", class_key="dataset_meta.{lower}"),
+    "detectron2": Layout("detectron2: a Mask2Former or a trunk"),
+    "huggingface": Layout("transformers: a Mask2Former", bare=True),
 }
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one entry of a checkpoint: `kind` is kept, renamed, resized (perhaps renamed, too) or dropped."""
+    """What became of one entry of a checkpoint.
+
+    `kind` is kept, renamed, resized or reordered (both perhaps renamed, too), dropped, or added.
+    """
 
     kind: str
     source: str
@@ -65,7 +75,7 @@ class Change:
 
 
 def convert(
-    checkpoint: Mapping[str, Any], to: str, *, kernel_size: int | None = None
+    checkpoint: Mapping[str, Any], to: str, *, kernel_size: int | None = None, things: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], list[Change]]:
     """Give a checkpoint another layout.
 
@@ -73,48 +83,114 @@ def convert(
         checkpoint: what `read` returned.
         to: one of `LAYOUTS`.
         kernel_size: resize the bias tables to this kernel size (see `resize_rpb`).
+        things: of a Mask2Former: which classes, counted in the order of the data set, are the things that mmdet's
+            panoptic head counts first. By default ADE20K's for 150 classes, Cityscapes' for 19, and else the first.
 
     Returns:
         The new checkpoint, of tensors and plain Python values alone, and what became of every entry of the old one.
 
     Raises:
-        ValueError: an unknown layout on either side.
+        ValueError: an unknown layout on either side, a layout that has no such model, `things` that cannot be.
     """
     if to not in LAYOUTS:
         raise ValueError(f"layout {to!r}: expected one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[to]
-    common = _common(checkpoint, to)
-    resized = resize_all_rpb(dict(common.values()), kernel_size) if kernel_size else {}
-    state: dict[str, Tensor] = {}
+    layout, state = LAYOUTS[to], tensors(checkpoint)
+    common = _to_common(state, to, things)
+    resized = resize_all_rpb({name: tensor for name, (_, tensor) in common.items()}, kernel_size) if kernel_size else {}
+    new: dict[str, Tensor] = {}
     changes = []
-    for source, (name, tensor) in common.items():
-        classifier = name.startswith(_CLASSIFIER)
-        if classifier if not layout.bare else not (classifier or name.startswith("backbone.")):
-            changes.append(Change("dropped", source, note=f"no place in the layout of {layout.description}"))
-            continue
-        target = name.removeprefix("backbone.") if layout.bare else name
-        state[target] = resized.get(name, tensor)
-        shape = str(list(tensor.shape))
-        if name in resized:
-            changes.append(Change("resized", source, target, f"{shape} -> {list(resized[name].shape)}"))
-        else:
-            changes.append(Change("kept" if source == target else "renamed", source, target, shape))
-    meta, more = _meta(checkpoint, layout)
-    return (state if layout.bare else {"meta": meta, "state_dict": state}), changes + more
-
-
-def _common(checkpoint: Mapping[str, Any], to: str) -> dict[str, tuple[str, Tensor]]:
-    """Name in the file -> name in the common form, and the tensor."""
-    state = tensors(checkpoint)
-    if any(key.startswith("patch_embed.") for key in state):
-        return {key: (key if key.startswith(_CLASSIFIER) else f"backbone.{key}", value) for key, value in state.items()}
-    others = [key for key in state if not _OPENMMLAB.match(key)]
-    if any(key.startswith("backbone.patch_embed.") for key in state) and (LAYOUTS[to].bare or not others):
-        return {key: (key, value) for key, value in state.items()}
-    raise ValueError(
-        f"cannot convert to {to}: expected a NAT or DiNAT checkpoint of ImageNet, mmdet or mmseg with patch_embed.* or "
-        f"backbone.patch_embed.*, and the file has {', '.join((others or list(state))[:4]) or 'no tensors'}"
+    unused = dict.fromkeys(state)
+    steps = _from_common(
+        {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}, mask2former.home(state), to, things
     )
+    for names, targets in steps:
+        sources = tuple(dict.fromkeys(source for name in names for source in common[name][0]))
+        new |= targets
+        changes.append(_change(state, sources, targets, any(name in resized for name in names)))
+        for source in sources:
+            unused.pop(source, None)
+    note = f"no place in the layout of {layout.description}"
+    changes += [Change("dropped", source, note=note) for source in unused]
+    meta, more = _meta(checkpoint, layout)
+    return _wrapped(new, meta, to), changes + more
+
+
+def _to_common(
+    state: Mapping[str, Tensor], to: str, things: Sequence[int] | None
+) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """By name in the common form: the names in the file and the tensor."""
+    if home := mask2former.home(state):
+        steps = mask2former.to_common(state, home, things)
+        return {name: (sources, tensor) for sources, targets in steps for name, tensor in targets.items()}
+    if any(key.startswith("patch_embed.") for key in state):
+        return {k if k.startswith(_CLASSIFIER) else f"backbone.{k}": ((k,), value) for k, value in state.items()}
+    others = [key for key in state if not _OPENMMLAB.match(key)]
+    start = next((start for start in _TRUNKS if any(key.startswith(f"{start}patch_embed.") for key in state)), None)
+    if start and (to in ("imagenet", "detectron2") or not others):
+        return {re.sub(f"^{re.escape(start)}", "backbone.", k): ((k,), value) for k, value in state.items()}
+    raise ValueError(
+        f"cannot convert to {to}: expected a Mask2Former, or a NAT or DiNAT checkpoint of ImageNet, mmdet, mmseg or "
+        "detectron2 with patch_embed.* or backbone.patch_embed.*, and the file has "
+        f"{', '.join((others or list(state))[:4]) or 'no tensors'}"
+    )
+
+
+def _from_common(
+    state: Mapping[str, Tensor], home: str | None, to: str, things: Sequence[int] | None
+) -> Iterator[mask2former.Step]:
+    """Names in the common form, and the tensors that they become in the new file."""
+    if home and to in mask2former.HOMES:
+        yield from mask2former.from_common(state, to, things)
+        return
+    if to == "huggingface" or home and to != "imagenet":
+        fit = f"imagenet, {', '.join(mask2former.HOMES)}, which have" if home else "another layout, or"
+        raise ValueError(f"cannot convert to {to}: expected {fit} a Mask2Former")
+    # detectron2 finds the place of names without a prefix by their ends, which `norm0.weight` shares with other norms
+    by_end = to == "detectron2" and not any(re.match(r"backbone\.norm\d", name) for name in state)
+    for name, tensor in state.items():
+        if to == "imagenet":
+            belongs = name.startswith(("backbone.", *_CLASSIFIER))
+        elif to == "detectron2":
+            belongs = name.startswith("backbone.")
+        else:
+            belongs = not name.startswith(_CLASSIFIER)
+        if belongs:
+            yield (name,), {name.removeprefix("backbone.") if to == "imagenet" or by_end else name: tensor}
+
+
+def _change(
+    old: Mapping[str, Tensor], sources: tuple[str, ...], targets: Mapping[str, Tensor], resized: bool
+) -> Change:
+    """What became of the tensors of these names."""
+    source, target, before, after = _label(sources), _label(tuple(targets)), [old[s] for s in sources], targets.values()
+    shape, new_shape = (" + ".join(str(list(tensor.shape)) for tensor in side) for side in (before, after))
+    kind = "kept" if source == target else "renamed"
+    if resized:
+        kind = "resized"
+    elif not sources:
+        kind, source = "added", target
+    elif shape == new_shape and not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        kind = "reordered"
+    return Change(kind, source, target, f"{shape} -> {new_shape}" if sources and shape != new_shape else new_shape)
+
+
+def _label(names: tuple[str, ...]) -> str:
+    """One name, or several as one: start.{end,end}."""
+    start = os.path.commonprefix(names).rpartition(".")[0]
+    return names[0] if len(names) == 1 else f"{start}.{{{','.join(name[len(start) + 1 :] for name in names)}}}"
+
+
+def _wrapped(state: dict[str, Tensor], meta: dict[str, Any], to: str) -> dict[str, Any]:
+    """The file around a state dict."""
+    if LAYOUTS[to].bare:
+        return state
+    if to != "detectron2":
+        return {"meta": meta, "state_dict": state}
+    if mask2former.home(state):
+        state = mask2former.second_version(state)
+    # without an author, detectron2 takes a pickle for one of Caffe2
+    file = {"model": state, "__author__": "dinat_backbones"}
+    return file if any(name.startswith("backbone.") for name in state) else file | {"matching_heuristics": True}
 
 
 def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[Change]]:
