@@ -186,10 +186,9 @@ def _wrapped(state: dict[str, Tensor], meta: dict[str, Any], to: str) -> dict[st
         return state
     if to != "detectron2":
         return {"meta": meta, "state_dict": state}
+    file = {"model": state, "__author__": "dinat_backbones"}  # detectron2 takes a pickle of nobody for one of Caffe2
     if mask2former.home(state):
-        state = mask2former.second_version(state)
-    # without an author, detectron2 takes a pickle for one of Caffe2
-    file = {"model": state, "__author__": "dinat_backbones"}
+        return file | {"model": mask2former.second_version(state)}
     return file if any(name.startswith("backbone.") for name in state) else file | {"matching_heuristics": True}
 
 
@@ -200,7 +199,7 @@ def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any]
     entries |= {f"dataset_meta.{key}": value for key, value in dict(entries.pop("dataset_meta", None) or {}).items()}
     meta: dict[str, Any] = {}
     changes = [
-        Change("dropped", str(key), note="state of the training run")
+        Change("dropped", str(key), note="not part of the model")
         for key, value in checkpoint.items()
         if key not in ("meta", *WRAPPERS) and not isinstance(value, Tensor)
     ]
