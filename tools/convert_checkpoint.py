@@ -1,17 +1,20 @@
 #!/usr/bin/env python
-"""Convert published mmdet 2, mmseg 0, ImageNet and transformers checkpoints to present ones, and back:
+"""Convert published mmdet 2, mmseg 0, detectron2, transformers and ImageNet checkpoints to any other of these layouts:
 
     python tools/convert_checkpoint.py SOURCE TARGET
-        --to imagenet|mmdet2|mmseg0|mmdet3|mmseg1|huggingface|huggingface-nat
-        [--kernel-size K] [--force] [--allow-pickle]
+        --to imagenet|mmdet2|mmseg0|mmdet3|mmseg1|detectron2|huggingface|huggingface-nat
+        [--kernel-size K] [--things I ...] [--force] [--allow-pickle]
 
-SOURCE is a file or an http(s) address; its layout is recognised. TARGET is a .pth, .pt or .safetensors file. What
-became of every entry is printed. The target is written under another name first, so that it is complete or not there.
+SOURCE is a file or an http(s) address; its layout is recognised. TARGET is a .pth, .pt or .safetensors file; for
+detectron2 .pth, .pt or .pkl, a pickle of numpy arrays. What became of every entry is printed. The target is written
+under another name first, so that it is complete or not there.
 """
 
 import argparse
+import copy
 import json
 import os
+import pickle
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,7 +27,7 @@ import torch
 from dinat_backbones.checkpoint import LAYOUTS, convert, read
 from dinat_backbones.checkpoint.reading import META
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
+SUFFIXES = (".pth", ".pt", ".safetensors", ".pkl")
 
 
 def main() -> None:
@@ -35,23 +38,36 @@ def main() -> None:
     parser.add_argument("target", type=Path, help=f"file to write: {', '.join(SUFFIXES)}")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help=layouts)
     parser.add_argument("--kernel-size", type=int, metavar="K", help="resize the rpb tables to this kernel size")
+    parser.add_argument(
+        "--things",
+        type=int,
+        nargs="*",
+        metavar="I",
+        help="of a Mask2Former: the classes, from 0 in the order of the data set, that mmdet counts first because they "
+        "are things; by default those of ADE20K for 150 classes and of Cityscapes for 19, otherwise the first ones",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite the target")
     parser.add_argument("--allow-pickle", action="store_true", help="run code that a trusted source asks for")
     args = parser.parse_args()
     if args.target.suffix not in SUFFIXES:
         parser.error(f"target {args.target}: expected a name that ends in {', '.join(SUFFIXES)}")
+    if args.to == "detectron2" and args.target.suffix == ".safetensors":
+        parser.error(f"target {args.target}: detectron2 reads .pth and .pkl files")
+    if args.to != "detectron2" and args.target.suffix == ".pkl":
+        parser.error(f"target {args.target}: only detectron2 reads .pkl files")
     if args.target.exists() and not args.force:
         parser.error(f"target {args.target} exists; name another file or add --force")
     try:
         source = read(args.source, allow_pickle=args.allow_pickle)
-        checkpoint, changes = convert(source, args.to, kernel_size=args.kernel_size)
+        checkpoint, changes = convert(source, args.to, kernel_size=args.kernel_size, things=args.things)
         write(checkpoint, args.target)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         sys.exit(f"{parser.prog}: {error}")
     for change in changes:
         print(change)
     counts = Counter(change.kind for change in changes)
-    summary = ", ".join(f"{counts[kind]} {kind}" for kind in ("kept", "renamed", "resized", "dropped"))
+    kinds = ("kept", "renamed", "resized", "dropped", *(kind for kind in ("reordered", "added") if counts[kind]))
+    summary = ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.1f} MB, layout {args.to}; {summary}")
 
 
@@ -62,11 +78,22 @@ def write(checkpoint: dict[str, Any], target: Path) -> None:
     try:
         if target.suffix == ".safetensors":
             _write_safetensors(checkpoint, partial)
+        elif target.suffix == ".pkl":
+            _write_pickle(checkpoint, partial)
         else:
             torch.save(checkpoint, partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_pickle(checkpoint: dict[str, Any], path: Path) -> None:
+    """With numpy arrays, as detectron2's own files."""
+    state = copy.copy(checkpoint["model"])  # a Mask2Former's with its mark
+    for name, tensor in state.items():
+        state[name] = tensor.numpy()
+    with open(path, "wb") as file:
+        pickle.dump(checkpoint | {"model": state}, file)
 
 
 def _write_safetensors(checkpoint: dict[str, Any], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Every conversion goes through one form: tensors under the names of a present OpenMMLab model (`backbone.*`, `neck.*`,
 `decode_head.*`, ...; `norm.*` and `head.*` of an ImageNet classifier), and the names and colours of the classes. To add
-a program, let `_common` recognise its files and put what it reads into `LAYOUTS`.
+a program, let `_to_common` recognise its files, `_from_common` name its tensors, and put it into `LAYOUTS`. The names
+of a Mask2Former are in `mask2former.py`, those of transformers' trunks and classifiers in `huggingface.py`.
 
 Between mmdet 2.19 / mmseg 0.20, which the published models were trained with, and mmdet 3 / mmseg 1 no tensor of Mask
 R-CNN, Cascade Mask R-CNN and UPerNet with its auxiliary head has changed its name or shape. What has moved are the
@@ -10,16 +11,18 @@ class names, from `meta.CLASSES` and `meta.PALETTE` to `meta.dataset_meta`.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import huggingface
+from . import huggingface, mask2former
 from .loading import WRAPPERS, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
+_TRUNKS = ("backbone.bottom_up.", "backbone.")  # detectron2 puts a trunk with a feature pyramid into the pyramid
 # the modules of mmdet's and mmseg's models
 _OPENMMLAB = re.compile(
     r"(backbone|neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|semantic_head|decode_head|auxiliary_head)\."
@@ -32,8 +35,8 @@ class Layout:
 
     Attributes:
         description: in words.
-        bare: a state dict without anything around it, the trunk's names without `backbone.`; False for OpenMMLab's
-            dictionary of "meta" and "state_dict".
+        bare: a state dict without anything around it, the trunk's names without `backbone.`; False for a dictionary
+            of which it is a part.
         class_key: where in "meta" the classes are, with {} for "classes" or "palette"; a dot leads into a dictionary.
         model: what transformers puts before the names of a classifier's trunk; "" for other programs.
     """
@@ -50,14 +53,18 @@ LAYOUTS = {
     "mmseg0": Layout("mmseg 0", class_key="{upper}"),
     "mmdet3": Layout("mmdet 3", class_key="dataset_meta.{lower}"),
     "mmseg1": Layout("mmseg 1", class_key="dataset_meta.{lower}"),
-    "huggingface": Layout("transformers: DinatForImageClassification or DinatBackbone", bare=True, model="dinat."),
-    "huggingface-nat": Layout("transformers: NatForImageClassification or NatBackbone", bare=True, model="nat."),
+    "detectron2": Layout("detectron2: a Mask2Former or a trunk"),
+    "huggingface": Layout("transformers: Dinat (classifier or backbone) or a Mask2Former", bare=True, model="dinat."),
+    "huggingface-nat": Layout("transformers: Nat (classifier or backbone)", bare=True, model="nat."),
 }
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one entry of a checkpoint: `kind` is kept, renamed, resized (perhaps renamed, too) or dropped."""
+    """What became of one entry of a checkpoint.
+
+    `kind` is kept, renamed, resized or reordered (both perhaps renamed, too), dropped, or added.
+    """
 
     kind: str
     source: str
@@ -70,7 +77,7 @@ class Change:
 
 
 def convert(
-    checkpoint: Mapping[str, Any], to: str, *, kernel_size: int | None = None
+    checkpoint: Mapping[str, Any], to: str, *, kernel_size: int | None = None, things: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], list[Change]]:
     """Give a checkpoint another layout.
 
@@ -78,88 +85,136 @@ def convert(
         checkpoint: what `read` returned.
         to: one of `LAYOUTS`.
         kernel_size: resize the bias tables to this kernel size (see `resize_rpb`).
+        things: of a Mask2Former: which classes, counted in the order of the data set, are the things that mmdet's
+            panoptic head counts first. By default ADE20K's for 150 classes, Cityscapes' for 19, and else the first.
 
     Returns:
         The new checkpoint, of tensors and plain Python values alone, and what became of every entry of the old one.
 
     Raises:
-        ValueError: an unknown layout on either side.
+        ValueError: an unknown layout on either side, a layout that has no such model, `things` that cannot be.
     """
     if to not in LAYOUTS:
         raise ValueError(f"layout {to!r}: expected one of {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[to]
-    common = _common(checkpoint, to)
-    resized = resize_all_rpb(dict(common.values()), kernel_size) if kernel_size else {}
-    state: dict[str, Tensor] = {}
+    layout, state = LAYOUTS[to], tensors(checkpoint)
+    common = _to_common(state, to, things)
+    resized = resize_all_rpb({name: tensor for name, (_, tensor) in common.items()}, kernel_size) if kernel_size else {}
+    new: dict[str, Tensor] = {}
     changes = []
-    for source, (name, tensor) in common.items():
-        classifier = name.startswith(_CLASSIFIER)
-        if not name or (classifier if not layout.bare else not (classifier or name.startswith("backbone."))):
-            changes.append(Change("dropped", source, note=f"no place in the layout of {layout.description}"))
-            continue
-        target = name.removeprefix("backbone.") if layout.bare else name
-        state[target] = resized.get(name, tensor)
-        shape = str(list(tensor.shape))
-        if name in resized:
-            changes.append(Change("resized", source, target, f"{shape} -> {list(resized[name].shape)}"))
-        else:
-            changes.append(Change("kept" if source == target else "renamed", source, target, shape))
-    if layout.model:
-        state, changes = _for_transformers(state, changes, layout.model)
+    unused = dict.fromkeys(state)
+    steps = _from_common(
+        {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}, mask2former.home(state), to, things
+    )
+    for names, targets in steps:
+        sources = tuple(dict.fromkeys(source for name in names for source in common[name][0]))
+        new |= targets
+        changes.append(_change(state, sources, targets, any(name in resized for name in names)))
+        for source in sources:
+            unused.pop(source, None)
+    note = f"no place in the layout of {layout.description}"
+    changes += [Change("dropped", source, note=note) for source in unused]
     meta, more = _meta(checkpoint, layout)
-    return (state if layout.bare else {"meta": meta, "state_dict": state}), changes + more
+    return _wrapped(new, meta, to), changes + more
 
 
-def _common(checkpoint: Mapping[str, Any], to: str) -> dict[str, tuple[str, Tensor]]:
-    """Name in the file -> name in the common form, and the tensor."""
-    state = tensors(checkpoint)
-    if huggingface.find_prefix(state) is not None:
-        return _from_transformers(state)
+def _to_common(
+    state: Mapping[str, Tensor], to: str, things: Sequence[int] | None
+) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+    """By name in the common form: the names in the file and the tensor."""
+    if home := mask2former.home(state):
+        steps = mask2former.to_common(state, home, things)
+        return {name: (sources, tensor) for sources, targets in steps for name, tensor in targets.items()}
+    prefix = huggingface.find_prefix(state)
+    if prefix is not None:
+        steps = huggingface.steps_from_huggingface(huggingface.split_prefix(state)[0])
+        return {
+            _common_name(name): (tuple(source if source in state else prefix + source for source in sources), tensor)
+            for sources, targets in steps
+            for name, tensor in targets.items()
+        }
     if any(key.startswith("patch_embed.") for key in state):
-        return {key: (key if key.startswith(_CLASSIFIER) else f"backbone.{key}", value) for key, value in state.items()}
+        return {_common_name(key): ((key,), value) for key, value in state.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
-    if any(key.startswith("backbone.patch_embed.") for key in state) and (LAYOUTS[to].bare or not others):
-        return {key: (key, value) for key, value in state.items()}
+    start = next((start for start in _TRUNKS if any(key.startswith(f"{start}patch_embed.") for key in state)), None)
+    if start and (to in ("imagenet", "detectron2") or not others):
+        return {re.sub(f"^{re.escape(start)}", "backbone.", k): ((k,), value) for k, value in state.items()}
     raise ValueError(
-        f"cannot convert to {to}: expected a NAT or DiNAT checkpoint of ImageNet, mmdet or mmseg with patch_embed.* or "
-        "backbone.patch_embed.*, or one of transformers, and the file has "
+        f"cannot convert to {to}: expected a Mask2Former, or a NAT or DiNAT checkpoint of ImageNet, mmdet, mmseg or "
+        "detectron2 with patch_embed.* or backbone.patch_embed.*, or one of transformers, and the file has "
         f"{', '.join((others or list(state))[:4]) or 'no tensors'}"
     )
 
 
-def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """`_common` of a file of transformers: several tensors that become one have one name, `{query,key,value}`, and
-    the rows of one that becomes several have several."""
-    prefix = huggingface.find_prefix(state) or ""
-    trunk, others = huggingface.split_prefix(state)
-    common: dict[str, tuple[str, Tensor]] = {}
-    for names, targets in huggingface.steps_from_huggingface(trunk):
-        source = huggingface.label(tuple(name if name in state else prefix + name for name in names))
-        for row, (name, tensor) in enumerate(targets.items()):
-            name = name if name.startswith(_CLASSIFIER) else f"backbone.{name}"
-            common[source if len(targets) == 1 else f"{source}[{row}]"] = name, tensor
-    return common | {name: ("", tensor) for name, tensor in others.items()}
+def _common_name(name: str) -> str:
+    """Of a tensor of a trunk or classifier."""
+    return name if name.startswith(_CLASSIFIER) else f"backbone.{name}"
 
 
-def _for_transformers(
-    state: Mapping[str, Tensor], changes: list[Change], model: str
-) -> tuple[dict[str, Tensor], list[Change]]:
-    """A bare state dict under the names of transformers, and what became of every entry since it was read."""
-    classifier = any(name.startswith("head.") for name in state)
-    new: dict[str, Tensor] = {}
-    labels: dict[str, str] = {}
-    for names, targets in huggingface.steps_to_huggingface(state):
-        named = {(model if classifier and not k.startswith("classifier.") else "") + k: t for k, t in targets.items()}
-        new |= named
-        labels |= dict.fromkeys(names, huggingface.label(tuple(named)))
-    renamed = []
-    for change in changes:
-        if change.target:
-            target = labels[change.target]
-            kind = change.kind if change.kind == "resized" else "kept" if change.source == target else "renamed"
-            change = replace(change, kind=kind, target=target)
-        renamed.append(change)
-    return new, renamed
+def _from_common(
+    state: Mapping[str, Tensor], home: str | None, to: str, things: Sequence[int] | None
+) -> Iterator[mask2former.Step]:
+    """Names in the common form, and the tensors that they become in the new file."""
+    if home and to in mask2former.HOMES:
+        yield from mask2former.from_common(state, to, things)
+        return
+    if home and to != "imagenet":
+        raise ValueError(f"cannot convert a Mask2Former to {to}: expected imagenet, {', '.join(mask2former.HOMES)}")
+    if model := LAYOUTS[to].model:
+        yield from _for_transformers(state, model)
+        return
+    # detectron2 finds the place of names without a prefix by their ends, which `norm0.weight` shares with other norms
+    by_end = to == "detectron2" and not any(re.match(r"backbone\.norm\d", name) for name in state)
+    for name, tensor in state.items():
+        if to == "imagenet":
+            belongs = name.startswith(("backbone.", *_CLASSIFIER))
+        elif to == "detectron2":
+            belongs = name.startswith("backbone.")
+        else:
+            belongs = not name.startswith(_CLASSIFIER)
+        if belongs:
+            yield (name,), {name.removeprefix("backbone.") if to == "imagenet" or by_end else name: tensor}
+
+
+def _for_transformers(state: Mapping[str, Tensor], model: str) -> Iterator[mask2former.Step]:
+    """A trunk or a classifier; whatever else there is has no place."""
+    common = {name.removeprefix("backbone."): name for name in state if name.startswith(("backbone.", *_CLASSIFIER))}
+    start = model if "head.weight" in common else ""
+    for names, targets in huggingface.steps_to_huggingface({bare: state[name] for bare, name in common.items()}):
+        new = {k if k.startswith("classifier.") else start + k: tensor for k, tensor in targets.items()}
+        yield tuple(common[name] for name in names), new
+
+
+def _change(
+    old: Mapping[str, Tensor], sources: tuple[str, ...], targets: Mapping[str, Tensor], resized: bool
+) -> Change:
+    """What became of the tensors of these names."""
+    source, target, before, after = (
+        huggingface.label(sources),
+        huggingface.label(tuple(targets)),
+        [old[s] for s in sources],
+        targets.values(),
+    )
+    shape, new_shape = (" + ".join(str(list(tensor.shape)) for tensor in side) for side in (before, after))
+    kind = "kept" if source == target else "renamed"
+    if resized:
+        kind = "resized"
+    elif not sources:
+        kind, source = "added", target
+    elif shape == new_shape and not all(torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        kind = "reordered"
+    return Change(kind, source, target, f"{shape} -> {new_shape}" if sources and shape != new_shape else new_shape)
+
+
+def _wrapped(state: dict[str, Tensor], meta: dict[str, Any], to: str) -> dict[str, Any]:
+    """The file around a state dict."""
+    if LAYOUTS[to].bare:
+        return state
+    if to != "detectron2":
+        return {"meta": meta, "state_dict": state}
+    file = {"model": state, "__author__": "dinat_backbones"}  # detectron2 takes a pickle of nobody for one of Caffe2
+    if mask2former.home(state):
+        return file | {"model": mask2former.second_version(state)}
+    return file if any(name.startswith("backbone.") for name in state) else file | {"matching_heuristics": True}
 
 
 def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any], list[Change]]:
@@ -169,7 +224,7 @@ def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any]
     entries |= {f"dataset_meta.{key}": value for key, value in dict(entries.pop("dataset_meta", None) or {}).items()}
     meta: dict[str, Any] = {}
     changes = [
-        Change("dropped", str(key), note="state of the training run")
+        Change("dropped", str(key), note="not part of the model")
         for key, value in checkpoint.items()
         if key not in ("meta", *WRAPPERS) and not isinstance(value, Tensor)
     ]

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -220,7 +221,7 @@ def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: boo
     state = tensors(read(source, allow_pickle=allow_pickle))
     if differences := _all_differences(_compare(state, model.state_dict(), str(source))):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(state)
+    model.load_state_dict(_marked(state, model))
 
 
 def _all_differences(report: Report) -> list[str]:
@@ -230,6 +231,13 @@ def _all_differences(report: Report) -> list[str]:
     if report.unexpected:
         differences.append(f"{len(report.unexpected)} tensors are not in the model: {_some(report.unexpected)}")
     return differences
+
+
+def _marked(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """A state dict with just the model's names, and the mark that they are those of its present version."""
+    marked = OrderedDict(state)
+    marked._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return marked
 
 
 def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,9 +1,12 @@
 """Checkpoints are read without running code that they carry."""
 
+import io
 import json
+import math
 import os
 import pickle
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +24,14 @@ def read(source: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, 
     """The content of a checkpoint as it was saved (with its wrappers), tensors on the CPU.
 
     Args:
-        source: a local `.safetensors` file, any other local file as `torch.save` wrote it, or an http(s) address, which
-            is downloaded once (see `fetch`).
+        source: a local `.safetensors` file, any other local file as `torch.save` wrote it, a plain pickle of tensors or
+            numpy arrays as detectron2 writes them (`.pkl`), or an http(s) address, which is downloaded once (see
+            `fetch`).
         allow_pickle: run whatever code a pickle asks for. Only for files whose origin you trust.
 
     Returns:
-        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). Bookkeeping of training runs
+        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). Of a plain pickle, arrays have
+        become tensors. Bookkeeping of training runs
         that needs code (mmengine's message hub, numpy scalars, argparse namespaces) becomes empty `Inert` objects.
 
     Raises:
@@ -39,9 +44,10 @@ def read(source: str | os.PathLike, *, allow_pickle: bool = False) -> dict[str, 
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        if allow_pickle:
+        checkpoint = _read_plain_pickle(path, allow_pickle)
+        if checkpoint is None and allow_pickle:
             checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        else:
+        elif checkpoint is None:
             checkpoint = _read_without_code(path)
     except _NeedsCode as error:
         raise ValueError(
@@ -152,3 +158,91 @@ def _read_without_code(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # bookkeeping, code or damage: the second reader tells
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RESTRICTED)
+
+
+# ------------------------------------------------- plain pickles: arrays are rebuilt here, not by numpy
+
+
+class _Dtype:
+    """What a pickle says of an array's elements: numpy's name of the type, such as "f4", and the order of bytes."""
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self.name, self.order = str(name), "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+_DTYPES = {
+    "b1": torch.bool,
+    **{f"i{bits // 8}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    "u1": torch.uint8,
+    **{f"f{bits // 8}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)},
+}
+
+
+def _tensor(data: Any, dtype: _Dtype, shape: tuple[int, ...] = (), order: Any = "C") -> Any:
+    """The array of these bytes; `Inert` if its elements are no numbers that torch has."""
+    if dtype.name not in _DTYPES or dtype.order == ">":
+        return Inert()
+    content = bytearray(data.encode("latin1") if isinstance(data, str) else data)  # a str in files of Python 2
+    flat = (
+        torch.frombuffer(content, dtype=_DTYPES[dtype.name]) if content else torch.empty(0, dtype=_DTYPES[dtype.name])
+    )
+    if math.prod(shape) != len(flat):
+        raise ValueError(f"an array of shape {list(shape)} has {len(flat)} elements")
+    if order in ("F", True):
+        return flat.reshape(shape[::-1]).permute(*reversed(range(len(shape))))
+    return flat.reshape(shape)
+
+
+class _Array:
+    """An array whose content comes in the next step of the pickle; then it is `value`."""
+
+    value: Any = None
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = Inert() if isinstance(data, list) else _tensor(data, dtype, shape, fortran)
+
+
+class _ArrayUnpickler(_Unpickler):
+    """Knows, besides, numpy's arrays and how tensors are pickled without torch.save."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {
+            "numpy.ndarray": _Array,
+            "numpy.dtype": _Dtype,
+            "multiarray._reconstruct": _Array,
+            "multiarray.scalar": lambda dtype, data: _tensor(data, dtype),
+            "numeric._frombuffer": _tensor,
+            "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content), weights_only=True),
+            "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+        }
+        short = f"{module.removeprefix('numpy.core.').removeprefix('numpy._core.')}.{name}"
+        return known[short] if short in known else super().find_class(module, name)
+
+
+def _read_plain_pickle(path: Path, allow_pickle: bool) -> Any:
+    """The dictionary of a file that `pickle.dump` wrote; None if it is one of torch.save."""
+    if zipfile.is_zipfile(path):
+        return None
+    with open(path, "rb") as file:
+        unpickler = pickle.Unpickler if allow_pickle else _ArrayUnpickler
+        content = unpickler(file, encoding="latin1").load()
+    # before torch 1.6, torch.save began with a pickled number
+    return _with_tensors(content) if isinstance(content, Mapping) else None
+
+
+def _with_tensors(content: Any) -> Any:
+    """Arrays in nested dictionaries as tensors, in place."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            content[key] = _with_tensors(value)
+    elif isinstance(content, _Array):
+        return content.value
+    elif type(content).__module__ == "numpy":  # of an allowed pickle
+        return torch.as_tensor(content)
+    return content

@@ -54,7 +54,7 @@ class NatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, NatSelfAttention):
+        if isinstance(module, NatSelfAttention) and module.rpb is not None:
             init.trunc_normal_(module.rpb, std=self.config.initializer_range)
         elif isinstance(module, NatLayer) and module.layer_scale_parameters is not None:
             init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)

@@ -1,0 +1,298 @@
+#!/usr/bin/env python
+"""Make what Mask2Former reads of COCO, ADE20K and Cityscapes besides the downloads:
+
+    python tools/prepare_datasets.py coco|ade20k|cityscapes ... [--root DIR] [--split train|val ...] [--workers N]
+
+| data set   | read                                          | written                                            |
+|------------|-----------------------------------------------|----------------------------------------------------|
+| coco       | annotations/panoptic_*2017.json and the       | panoptic_semseg_*2017/: label maps of all 133      |
+|            | folders panoptic_*2017/                       | classes in the order of the file                   |
+| ade20k     | annotations/, images/, annotations_instance/  | annotations_detectron2/: label maps from 0;        |
+|            |                                               | ade20k_instance_*.json; ade20k_panoptic_*.json and |
+|            |                                               | the folders of that name                           |
+| cityscapes | gtFine/                                       | *_labelTrainIds.png beside the annotations;        |
+|            |                                               | gtFine/cityscapes_panoptic_*.json and the folders  |
+|            |                                               | of that name. Needs `pip install cityscapesscripts`|
+
+DIR holds coco/, ADEChallengeData2016/ (or ade/ADEChallengeData2016/) and cityscapes/; by default it is
+$DETECTRON2_DATASETS, and `datasets` without that. In label maps 255 means unlabelled. What is there already is left
+alone, so an interrupted run goes on where it stopped; every file is complete or not there.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+
+import numpy as np
+from make_shapes import print_progress
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from dinat_backbones.zoo import ade20k
+
+UNLABELLED = 255
+DATASETS = ("coco", "ade20k", "cityscapes")
+SPLITS = ("train", "val")
+ADE_FOLDERS = {"train": "training", "val": "validation"}
+ADE_INSTANCES = "http://sceneparsing.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
+
+
+# ----------------------------------------------------------------------------------------- files, progress, processes
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the block ends well and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f".{os.getpid()}.{path.name}")  # keeps the suffix, by which PIL knows the format
+    try:
+        yield partial_path
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def save_image(array: np.ndarray, path: Path) -> None:
+    with complete(path) as name:
+        Image.fromarray(array).save(name)
+
+
+def save_json(content: dict, path: Path) -> None:
+    with complete(path) as name:
+        name.write_text(json.dumps(content))
+
+
+def each(function: Callable, items: Iterable, label: str, workers: int) -> list:
+    """`function` of each item, in several processes, in order, with a line of progress now and then."""
+    items, results = list(items), []
+    chunk = max(1, min(32, len(items) // (4 * workers)))
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        found = pool.map(function, items, chunksize=chunk) if pool else (function(item) for item in items)
+        with closing(found):  # cancels what is left when interrupted
+            for done, result in enumerate(found, 1):
+                results.append(result)
+                if done == len(items) or done % max(1, len(items) // 50) == 0:
+                    print_progress(f"{label}: {done}/{len(items)}")
+    return results
+
+
+def folder_of(path: Path, advice: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; {advice}")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------- COCO
+
+
+def coco(root: Path, split: str, workers: int) -> None:
+    """Label maps of things and stuff from the panoptic annotations."""
+    advice = "get panoptic_annotations_trainval2017.zip from https://cocodataset.org/#download and unpack it here"
+    annotations = folder_of(root / "coco" / "annotations" / f"panoptic_{split}2017.json", advice)
+    places = [root / "coco" / f"panoptic_{split}2017", annotations.with_suffix("")]
+    source = next((place for place in places if place.is_dir()), None)
+    if source is None:
+        raise FileNotFoundError(f"neither {places[0]} nor {places[1]} is there; unpack the archive of that name")
+    panoptic_to_semantic(annotations, source, root / "coco" / f"panoptic_semseg_{split}2017", workers)
+
+
+def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers: int = 1) -> None:
+    """Write a label map for each picture of panoptic annotations.
+
+    Args:
+        annotations: in COCO's panoptic format.
+        source: folder of its pictures.
+        target: folder for 8-bit pictures of the same names; a pixel is the position of its class in "categories".
+        workers: number of processes.
+
+    Raises:
+        ValueError: a picture that doesn't belong to the annotations; more classes than 8 bits can tell apart.
+    """
+    content = json.loads(annotations.read_text())
+    labels = {category["id"]: i for i, category in enumerate(content["categories"])}
+    if len(labels) > UNLABELLED:
+        raise ValueError(f"{annotations} has {len(labels)} classes; expected at most {UNLABELLED}")
+    left = [entry for entry in content["annotations"] if not (target / entry["file_name"]).exists()]
+    each(partial(_semantic, source, target, labels), left, f"{target.name}", workers)
+
+
+def _semantic(source: Path, target: Path, labels: dict[int, int], entry: dict) -> None:
+    path = folder_of(source / entry["file_name"], "unpack the pictures that belong to the annotations")
+    colours = np.asarray(Image.open(path).convert("RGB"), dtype=np.uint32)
+    ids, positions = np.unique(colours @ np.array([1, 256, 65536], dtype=np.uint32), return_inverse=True)
+    classes = {segment["id"]: labels[segment["category_id"]] for segment in entry["segments_info"]} | {0: UNLABELLED}
+    if unknown := set(ids.tolist()) - set(classes):
+        raise ValueError(f"{path} has the segments {sorted(unknown)[:3]}, which its annotations don't know")
+    table = np.array([classes[i] for i in ids.tolist()], dtype=np.uint8)
+    save_image(table[positions].reshape(colours.shape[:2]), target / entry["file_name"])
+
+
+# ------------------------------------------------------------------------------------------------------------- ADE20K
+
+
+def ade(root: Path, split: str, workers: int) -> None:
+    """Label maps that start at 0; instance and panoptic annotations."""
+    places = [root / "ADEChallengeData2016", root / "ade" / "ADEChallengeData2016"]
+    advice = "get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it here"
+    base = folder_of(next((place for place in places if place.is_dir()), places[0]), advice)
+    folder = ADE_FOLDERS[split]
+    maps = sorted(folder_of(base / "annotations" / folder, advice).glob("*.png"))
+    target = base / "annotations_detectron2" / folder
+    left = [path for path in maps if not (target / path.name).exists()]
+    each(partial(_from_zero, target), left, f"{target.parent.name}/{folder}", workers)
+
+    folder_of(base / "annotations_instance" / folder, f"get {ADE_INSTANCES} and unpack it here")
+    names = sorted(path.stem for path in folder_of(base / "images" / folder, advice).glob("*.jpg"))
+    instances = base / f"ade20k_instance_{split}.json"
+    if not instances.exists():
+        found = each(partial(_ade_instances, base, folder), names, instances.stem, workers)
+        categories = [dict(id=label, name=name) for label, name in ade20k.THING_NAMES.items()]
+        annotations = [annotation for _, annotations in found for annotation in annotations]
+        numbered = [dict(id=i) | annotation for i, annotation in enumerate(annotations, 1)]
+        images = [image for image, _ in found]
+        save_json(dict(images=images, annotations=numbered, categories=categories), instances)
+    panoptic = base / f"ade20k_panoptic_{split}.json"
+    if not panoptic.exists():
+        found = each(partial(_ade_panoptic, base, folder, panoptic.with_suffix("")), names, panoptic.stem, workers)
+        # detectron2 goes by the ids, mmdet by this order: things first
+        categories = [
+            dict(id=label, name=ade20k.NAMES[label], isthing=int(label in ade20k.THINGS))
+            for label in (*ade20k.THINGS, *ade20k.STUFF)
+        ]
+        images, annotations = map(list, zip(*found, strict=True))
+        save_json(dict(images=images, annotations=annotations, categories=categories), panoptic)
+
+
+def _from_zero(target: Path, path: Path) -> None:
+    save_image(np.asarray(Image.open(path)) - np.uint8(1), target / path.name)  # 0, which is unlabelled, becomes 255
+
+
+def _ade_image(base: Path, folder: str, name: str) -> dict:
+    with Image.open(base / "images" / folder / f"{name}.jpg") as image:
+        return dict(id=name, file_name=f"{name}.jpg", width=image.width, height=image.height)
+
+
+def _ade_things(base: Path, folder: str, name: str) -> list[tuple[int, np.ndarray]]:
+    """Label and mask of each instance; the pictures have the class, from 1, in red and the instance in green."""
+    path = folder_of(base / "annotations_instance" / folder / f"{name}.png", f"get {ADE_INSTANCES} and unpack it here")
+    classes, numbers, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB")), -1, 0)
+    things = []
+    for number in np.unique(numbers[numbers > 0]):
+        mask = numbers == number
+        found = np.unique(classes[mask]).tolist()
+        if len(found) > 1 or not 1 <= found[0] <= len(ade20k.THINGS):
+            raise ValueError(f"{path}: instance {number} has classes {found}; expected one from 1 to 100")
+        things.append((ade20k.THINGS[found[0] - 1], mask))
+    return things
+
+
+def _measures(mask: np.ndarray) -> dict:
+    """Area and box of a mask as COCO has them: pixels; left, top, width, height."""
+    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return dict(area=int(coco_mask.area(rle)), bbox=[int(side) for side in coco_mask.toBbox(rle)], iscrowd=0)
+
+
+def _ade_instances(base: Path, folder: str, name: str) -> tuple[dict, list[dict]]:
+    annotations = []
+    for label, mask in _ade_things(base, folder, name):
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        rle["counts"] = rle["counts"].decode()
+        annotations.append(dict(image_id=name, category_id=label, segmentation=rle) | _measures(mask))
+    return _ade_image(base, folder, name), annotations
+
+
+def _ade_panoptic(base: Path, folder: str, target: Path, name: str) -> tuple[dict, dict]:
+    """Stuff of the label map, and the instances over it.
+
+    Where both claim a pixel, a stuff segment keeps its area and box of before: results on this data set are compared
+    with Mask2Former's, whose annotations have it so.
+    """
+    labels = np.asarray(Image.open(base / "annotations" / folder / f"{name}.png")).astype(int) - 1
+    stuff = [(label, labels == label) for label in np.unique(labels).tolist() if label in ade20k.STUFF]
+    picture = np.zeros((*labels.shape, 3), dtype=np.uint8)
+    segments = []
+    for number, (label, mask) in enumerate(stuff + _ade_things(base, folder, name), 1):
+        picture[mask] = (number % 256, number // 256, 0)
+        segments.append(dict(id=number, category_id=label) | _measures(mask))
+    save_image(picture, target / f"{name}.png")
+    image = _ade_image(base, folder, name)
+    return image, dict(image_id=name, file_name=f"{name}.png", segments_info=segments)
+
+
+# --------------------------------------------------------------------------------------------------------- Cityscapes
+
+
+def cityscapes(root: Path, split: str, workers: int) -> None:
+    """What cityscapesscripts, the data set's own tools, make: maps of the 19 classes, and panoptic annotations."""
+    advice = "get gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com/downloads and unpack it here"
+    base = folder_of(root / "cityscapes" / "gtFine", advice)
+    polygons = sorted(folder_of(base / split, advice).glob("*/*_gtFine_polygons.json"))
+    try:
+        from cityscapesscripts.preparation.createPanopticImgs import convert2panoptic
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("Cityscapes needs its own tools: pip install cityscapesscripts") from error
+    left = [path for path in polygons if not _train_ids(path).exists()]
+    each(_label_train_ids, left, f"gtFine/{split}/*_labelTrainIds.png", workers)
+    annotations = base / f"cityscapes_panoptic_{split}.json"
+    if not annotations.exists():
+        if not any((base / split).glob("*/*_gtFine_instanceIds.png")):
+            raise FileNotFoundError(f"no */*_gtFine_instanceIds.png in {base / split}; {advice}")
+        made = base / f".{annotations.stem}.partial"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        try:
+            convert2panoptic(str(base), str(made), False, [split])
+            shutil.rmtree(annotations.with_suffix(""), ignore_errors=True)
+            os.replace(made / annotations.stem, annotations.with_suffix(""))
+            os.replace(made / annotations.name, annotations)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _train_ids(polygons: Path) -> Path:
+    return polygons.with_name(polygons.name.replace("_polygons.json", "_labelTrainIds.png"))
+
+
+def _label_train_ids(polygons: Path) -> None:
+    from cityscapesscripts.preparation.json2labelImg import json2labelImg
+
+    with complete(_train_ids(polygons)) as name:
+        json2labelImg(str(polygons), str(name), "trainIds")
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("datasets", nargs="+", choices=DATASETS)
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    parser.add_argument("--root", type=Path, default=root, help="folder of the data sets (default: %(default)s)")
+    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS, help="default: both")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: expected at least 1")
+    for name in args.datasets:
+        for split in args.split:
+            try:
+                {"coco": coco, "ade20k": ade, "cityscapes": cityscapes}[name](
+                    args.root.expanduser(), split, args.workers
+                )
+            except (OSError, ValueError, ModuleNotFoundError) as error:
+                sys.exit(f"{parser.prog}: {error}")
+            print(f"{name} {split}: everything is there", flush=True)
+
+
+if __name__ == "__main__":
+    main()
