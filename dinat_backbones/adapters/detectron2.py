@@ -71,7 +71,11 @@ class _Pyramid:
 
     @configurable
     def __init__(
-        self, arch: str | None = None, *, out_features: Sequence[str] = PUBLISHED_DEFAULTS["OUT_FEATURES"], **kwargs: Any
+        self,
+        arch: str | None = None,
+        *,
+        out_features: Sequence[str] = PUBLISHED_DEFAULTS["OUT_FEATURES"],
+        **kwargs: Any,
     ):
         stages = {f"res{stage + 2}": stage for stage in range(4)}
         if not out_features or not set(out_features) <= set(stages):
