@@ -1,5 +1,5 @@
-"""Training data and random numbers as functions of the run's seed and the step, so that a resumed run repeats what an
-uninterrupted one would have done. Detectron2 saves neither the place in the data nor the states of random generators."""
+"""Training data and random numbers as functions of the run's seed and the step, so that a resumed run does what an
+uninterrupted one would have done. Detectron2 saves neither the place in the data nor states of random generators."""
 
 import itertools
 import logging

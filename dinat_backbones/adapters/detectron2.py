@@ -7,7 +7,7 @@
 
     model.backbone = LazyCall(dinat.D2DiNAT)(arch="dinat_tiny", dilations="coco")   # in a LazyConfig
 
-Works with Detectron2 from source on a current torch as with the wheel of the classic stack; see requirements/classic.txt.
+Works with Detectron2 from source on a current torch as with the wheel that requirements/classic.txt names.
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ class _Pyramid:
 
 
 @BACKBONE_REGISTRY.register()
-class D2NAT(_Pyramid, backbone.NAT, Backbone):
+class D2NAT(_Pyramid, backbone.NAT, Backbone):  # type: ignore[misc]  # forward() names its results
     """`dinat_backbones.NAT` with named outputs. Built from a config with `MODEL.DINAT`, or from arguments.
 
     Args:
@@ -118,12 +118,12 @@ class D2NAT(_Pyramid, backbone.NAT, Backbone):
 
 
 @BACKBONE_REGISTRY.register()
-class D2DiNAT(_Pyramid, backbone.DiNAT, Backbone):
+class D2DiNAT(_Pyramid, backbone.DiNAT, Backbone):  # type: ignore[misc]  # forward() names its results
     """`dinat_backbones.DiNAT`; see `D2NAT`."""
 
 
 @BACKBONE_REGISTRY.register()
-class D2DiNAT_s(_Pyramid, backbone.DiNAT_s, Backbone):
+class D2DiNAT_s(_Pyramid, backbone.DiNAT_s, Backbone):  # type: ignore[misc]  # forward() names its results
     """`dinat_backbones.DiNAT_s`; see `D2NAT`."""
 
 

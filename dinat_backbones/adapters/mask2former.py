@@ -8,6 +8,7 @@ between them, and from a machine without a CUDA build of their deformable attent
 """
 
 import contextlib
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -19,11 +20,16 @@ from typing import Any
 
 from torch import Tensor
 
-from .detectron2 import CfgNode, add_dinat_config
+from . import detectron2 as adapter  # before Detectron2 itself: says what to do where that is missing
+
+# isort: split
+from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.utils.logger import log_first_n
 
 INSTALL = (
-    "pip install --no-deps --no-build-isolation maskformer2==0.1 (it pins what it needs to addresses; install 'timm<1', "
-    "scipy and panopticapi-lite beside it), or put a checkout of github.com/facebookresearch/Mask2Former on PYTHONPATH"
+    "pip install --no-deps --no-build-isolation maskformer2==0.1 (it pins what it needs to addresses; install "
+    "timm==0.9.16, scipy and panopticapi-lite), or put a checkout of facebookresearch/Mask2Former on PYTHONPATH"
 )
 _CUDA_OP = "MultiScaleDeformableAttention"
 _HAS_CUDA_OP = importlib.util.find_spec(_CUDA_OP) is not None
@@ -43,23 +49,17 @@ def _cuda_op_may_be_absent() -> Iterator[None]:
 
 try:
     with _cuda_op_may_be_absent():
-        import mask2former
-
-        if mask2former.__file__ is None:  # a folder of that name, as in a checkout of this project
+        mask2former: Any = importlib.import_module("mask2former")
+        if getattr(mask2former, "__file__", None) is None:  # a folder of that name, as in a checkout of this project
             raise ModuleNotFoundError("no module named 'mask2former'", name="mask2former")
-        from mask2former import maskformer_model
-        from mask2former.modeling.pixel_decoder.ops.functions.ms_deform_attn_func import ms_deform_attn_core_pytorch
-        from mask2former.modeling.pixel_decoder.ops.modules import ms_deform_attn
+        maskformer_model: Any = importlib.import_module("mask2former.maskformer_model")
+        ms_deform_attn: Any = importlib.import_module("mask2former.modeling.pixel_decoder.ops.modules.ms_deform_attn")
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "mask2former":
         raise
     raise ModuleNotFoundError(
         f"dinat_backbones.adapters.mask2former needs Mask2Former: {INSTALL}", name="mask2former"
     ) from error
-
-from detectron2.config import get_cfg
-from detectron2.projects.deeplab import add_deeplab_config
-from detectron2.utils.logger import log_first_n
 
 
 class _DeformableAttentionInPyTorch:
@@ -76,7 +76,7 @@ class _DeformableAttentionInPyTorch:
             name=__name__,
             key="message",
         )
-        return ms_deform_attn_core_pytorch(value, shapes, locations, weights)
+        return ms_deform_attn.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
 
 
 if not _HAS_CUDA_OP:
@@ -117,7 +117,7 @@ def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
     cfg = get_cfg()
     add_deeplab_config(cfg)
     mask2former.add_maskformer2_config(cfg)
-    add_dinat_config(cfg)
+    adapter.add_dinat_config(cfg)
     if file is not None:
         if not os.path.isfile(file):
             raise FileNotFoundError(f"config {file} is not there")
