@@ -12,8 +12,7 @@ import torch
 import dinat_backbones
 from dinat_backbones import zoo
 
-REASON = "detectron2 is not installed: the classic stack has it (make test-classic)"
-pytest.importorskip("detectron2", reason=REASON)
+pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
