@@ -139,18 +139,13 @@ class Detectron2(Framework):
         return get_config(str(config)).dump()
 
     def train(self, config: Path, training: Path, data: Path, lock: int) -> None:
-        self._run(lock, config, training, data, "--resume")
+        os.environ["DETECTRON2_DATASETS"] = str(data.parent)
+        options = ["--num-gpus", 0, "--resume", "--config-file", config, "OUTPUT_DIR", training]
+        _run(lock, _detectron2_progress, "mask2former/train_net.py", *options)
 
     def evaluate(self, config: Path, training: Path, data: Path, lock: int) -> dict[str, float]:
-        self._run(lock, config, training, data, "--eval-only", "MODEL.WEIGHTS", self.last_checkpoint(training))
-        results = json.loads((training / "inference" / "results.json").read_text())
+        results = json.loads((training / "inference" / "results.json").read_text())  # training ends with it
         return {f"{task}/{name}": value for task, values in results.items() for name, value in values.items()}
-
-    def _run(self, lock: int, config: Path, training: Path, data: Path, *options: Any) -> None:
-        os.environ["DETECTRON2_DATASETS"] = str(data.parent)
-        flags = [option for option in options if str(option).startswith("--")]
-        command = ["mask2former/train_net.py", "--num-gpus", 0, "--config-file", config, *flags, "OUTPUT_DIR", training]
-        _run(lock, _detectron2_progress, *command, *options[len(flags) :])
 
     def predictions(self, config: Path, training: Path, data: Path, number: int) -> list[list[Segment]]:
         sys.path.insert(0, str(ROOT / "mask2former"))
