@@ -10,6 +10,7 @@
 Works with Detectron2 from source on a current torch as with the wheel that requirements/classic.txt names.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ except ModuleNotFoundError as error:
 
 from .. import backbone, zoo
 from ..checkpoint import fetch, load_backbone, read
-from ..checkpoint.loading import tensors
+from ..checkpoint.loading import tensors, unwrap
 
 # Published keys of MODEL.DINAT with their defaults; in lower case they are arguments of the trunks.
 PUBLISHED_DEFAULTS: dict[str, Any] = dict(
@@ -193,7 +194,12 @@ class Checkpointer(DetectionCheckpointer):
         if trunk is not None and not self.model.state_dict().keys() & state.keys():
             load_backbone(trunk, filename, allow_pickle=self.allow_pickle, logger=self.logger)
             return {"model": {}}
-        return checkpoint | {"model": state}
+        # The mark of the version, without which Mask2Former renames tensors as if they were from older code.
+        marked = OrderedDict(state)
+        found = getattr(unwrap(checkpoint), "_metadata", None)
+        marked._metadata = self.model.state_dict()._metadata if found is None else found  # type: ignore[attr-defined]
+        checkpoint.pop("matching_heuristics", None)  # for trunks alone
+        return checkpoint | {"model": marked}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         return super()._load_model(checkpoint) if checkpoint["model"] else None

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,14 @@ def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: boo
         differences.append(f"{len(report.unexpected)} tensors are not in the model: {_some(report.unexpected)}")
     if differences:
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(state)
+    model.load_state_dict(_marked(state, model))
+
+
+def _marked(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """A state dict with just the model's names, and the mark that they are those of its present version."""
+    marked = OrderedDict(state)
+    marked._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return marked
 
 
 def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
