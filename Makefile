@@ -1,5 +1,5 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
-.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former test test-modern test-classic lint bench bench-classic clean
+.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-modern test-classic lint bench bench-classic clean
 
 PYTEST = -m pytest -q
 
@@ -21,6 +21,9 @@ demo-seg: setup
 demo-mask2former: setup
 	.venv/bin/python tools/demo.py mask2former
 
+demo-panoptic: setup-classic
+	.venv-classic/bin/python tools/demo.py panoptic
+
 test: test-modern test-classic
 
 test-modern: setup
@@ -31,7 +34,8 @@ test-modern: setup
 test-classic: setup-classic
 	@echo "== classic stack"
 	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
-		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py
+		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py \
+		tests/test_detectron2.py tests/test_mask2former.py
 
 lint: setup
 	.venv/bin/ruff check .

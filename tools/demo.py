@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train, evaluate and draw a small model with DiNAT on generated shapes:
 
-    python tools/demo.py [mask-rcnn|cascade-mask-rcnn|upernet|mask2former] [--restart]
+    python tools/demo.py [mask-rcnn|cascade-mask-rcnn|upernet|mask2former|panoptic] [--restart]
 
-The picture, work_dirs/demo/MODEL.png, has ground truth beside predictions. An interrupted run goes on from its last
-checkpoint, a finished one is only drawn anew. It is an error if the metric stays below what `DEMOS` demands.
+All but `panoptic`, which is Mask2Former in Detectron2, are models of OpenMMLab. The picture,
+work_dirs/demo/MODEL.png, has ground truth beside predictions. An interrupted run goes on from its last checkpoint, a
+finished one is only drawn anew. It is an error if the metric stays below what `DEMOS` demands.
 """
 
 import argparse
@@ -13,29 +14,23 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from demo_frameworks import Detectron2, Framework, OpenMMLab, Segment
 from make_shapes import CLASSES, FORMAT, make_shapes, print_progress
-from PIL import Image
 from pycocotools import mask as coco_mask
-from train import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")
-SHAPES = dict(val=200, seed=0, layouts=("coco", "coco-panoptic", "ade20k"))
+SHAPES = dict(val=200, seed=0)
 SHOWN_IMAGES = 8
-SHOWN_SCORE = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,9 +40,9 @@ class Demo:
     Attributes:
         title: for the picture.
         metrics: what is printed, by its name in the framework's metrics; the first one has to reach `required`.
-        required: in the units of the framework: AP is a fraction, PQ and mIoU are in percent.
+        required: in the units of the framework: AP is a fraction in OpenMMLab, all else is in percent.
         size, images: the size of the images in pixels, and the number to train on.
-        predictions: name for the test script's `--out`, a folder of label maps for a segmentor.
+        framework: what trains it.
     """
 
     title: str
@@ -55,12 +50,12 @@ class Demo:
     required: float
     size: int
     images: int
-    predictions: str = "predictions.pkl"
+    framework: Framework = field(default_factory=OpenMMLab)
 
     @property
     def data(self) -> Path:
         """The shapes, where the config reads them, too."""
-        return FOLDER / f"shapes-{self.size}"
+        return FOLDER / self.framework.data.format(size=self.size)
 
 
 BOXES_AND_MASKS = {
@@ -73,7 +68,12 @@ DEMOS = {
     "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
     "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
     "upernet": Demo(
-        "UPerNet with DiNAT", {name: name for name in ("mIoU", "mAcc", "aAcc")}, 70.0, 96, 2000, "predictions"
+        "UPerNet with DiNAT",
+        {name: name for name in ("mIoU", "mAcc", "aAcc")},
+        70.0,
+        96,
+        2000,
+        OpenMMLab("predictions"),
     ),
     "mask2former": Demo(
         "Mask2Former with DiNAT",
@@ -81,6 +81,14 @@ DEMOS = {
         30.0,
         96,
         2000,
+    ),
+    "panoptic": Demo(
+        "Mask2Former with DiNAT in Detectron2",
+        {"panoptic_seg/PQ": "PQ", "segm/AP": "mask AP", "segm/AP50": "mask AP50", "sem_seg/mIoU": "mIoU"},
+        25.0,
+        96,
+        2000,
+        Detectron2(),
     ),
 }
 
@@ -99,9 +107,9 @@ def main() -> None:
     try:
         with _sole_run() as lock:
             training = FOLDER / args.model
-            config = Path(f"configs/demo/{args.model}_dinat_shapes.py")
+            config = Path(demo.framework.config.format(model=args.model))
             metrics = _train_and_evaluate(demo, config, training, args.restart, lock)
-            draw(training / demo.predictions, picture, demo, metrics)
+            draw(demo.framework.predictions(config, training, demo.data, SHOWN_IMAGES), picture, demo, metrics)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
     print(f"\non {SHAPES['val']} unseen images:")
@@ -113,20 +121,20 @@ def main() -> None:
         sys.exit(f"{name} is {metrics[key]:.3f}, below the {demo.required:.2f} that this demo must reach")
 
 
-# One folder per model holds what mmengine writes (checkpoints, logs), the predictions and these.
+# One folder per model holds what the framework writes (checkpoints, logs), the predictions and these.
 METRICS = "metrics.json"
 TRAINED = "trained"
 RECIPE = "recipe.txt"
 
 
 def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool, lock: int) -> dict[str, float]:
-    arguments = dict(SHAPES, size=demo.size, train=demo.images)
+    framework = demo.framework
+    arguments = dict(SHAPES, size=demo.size, train=demo.images, layouts=framework.layouts)
     written = make_shapes(demo.data, **arguments, replace=True, progress=print_progress)
     counts = f"{demo.images} training and {SHAPES['val']} validation images"
     print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
-    settings = load_config(str(config), import_custom_modules=False).to_dict()  # of its base files, too
-    recipe = hashlib.sha256(repr((settings, arguments, FORMAT)).encode()).hexdigest()
+    recipe = hashlib.sha256(repr((framework.settings(config), arguments, FORMAT)).encode()).hexdigest()
     mark = training / RECIPE
     if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
         print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
@@ -138,27 +146,16 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
         print("training and evaluation are finished; only drawing again (--restart trains afresh)")
     else:
         if not (training / TRAINED).is_file():
-            resumed = _last_checkpoint(training)
+            resumed = framework.last_checkpoint(training)
             print(f"training, resumed from {resumed}" if resumed else "training")
-            # evaluated just once, by the command after this one, which also keeps the predictions
-            options = ["--resume", "--cfg-options", "train_cfg.val_begin=1000"]
-            _run(lock, "tools/train.py", config, "--work-dir", training, *options)
+            framework.train(config, training, demo.data, lock)
             (training / TRAINED).touch()
         print("evaluation")
-        results = training / "evaluation"
-        shutil.rmtree(results, ignore_errors=True)
-        out = training / demo.predictions
-        _run(lock, "tools/test.py", config, _last_checkpoint(training), "--work-dir", results, "--out", out)
-        (found,) = results.glob("*/*.json")
+        metrics = framework.evaluate(config, training, demo.data, lock)
         partial = training / f"{METRICS}.partial"
-        shutil.copy(found, partial)
+        partial.write_text(json.dumps(metrics))
         partial.rename(training / METRICS)
     return json.loads((training / METRICS).read_text())
-
-
-def _last_checkpoint(training: Path) -> Path | None:
-    pointer = training / "last_checkpoint"  # mmengine writes it after each checkpoint
-    return training / Path(pointer.read_text().strip()).name if pointer.is_file() else None
 
 
 @contextlib.contextmanager
@@ -172,44 +169,14 @@ def _sole_run() -> Iterator[int]:
         yield lock.fileno()
 
 
-def _run(lock: int, *command: Any) -> None:
-    """Run a Python command, showing what tells its progress; mmengine keeps the full log in its work folder."""
-    words = [sys.executable, "-u", *map(str, command)]
-    tail: deque[str] = deque(maxlen=30)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=[lock])
-    try:
-        for line in process.stdout:
-            tail.append(line)
-            if " Epoch(" in line or "Average Precision" in line:
-                print(f"  {' '.join(line.rpartition(' INFO - ')[2].split())}", flush=True)
-        status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if status:
-        print("".join(tail))
-        sys.exit(f"`{' '.join(words)}` failed with status {status}; its last lines are above")
-
-
 # The picture
 
 
-@dataclass(frozen=True)
-class Segment:
-    """What is drawn: an index into `CLASSES`, a mask ``[H, W]``, and for an instance its box (x1, y1, x2, y2)."""
-
-    label: int
-    mask: np.ndarray
-    box: tuple[float, float, float, float] | None = None
-    score: float | None = None
-
-
-def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -> None:
+def draw(predictions: list[list[Segment]], path: Path, demo: Demo, metrics: dict[str, float]) -> None:
     """Draw the first validation images to `path` (PNG): ground truth to the left, predictions to the right of it.
 
     Args:
-        predictions: what the framework's test script wrote with `--out`.
+        predictions: of the first validation images.
         path: the picture.
         demo: which one it is.
         metrics: for the title.
@@ -227,7 +194,7 @@ def draw(predictions: Path, path: Path, demo: Demo, metrics: dict[str, float]) -
         axis.set_title(heading, fontsize=14)
     for axis in axes.flat:
         axis.set_axis_off()
-    shown = zip(_truth(demo.data), _predicted(predictions), strict=True)
+    shown = zip(_truth(demo.data), predictions, strict=True)
     for index, ((file, true), found) in enumerate(shown):
         pair, pixels = axes[index // 2, index % 2 * 2 :][:2], plt.imread(file)
         for axis, segments in zip(pair, (true, found), strict=True):
@@ -251,30 +218,6 @@ def _truth(data: Path) -> list[tuple[Path, list[Segment]]]:
             mask, box = coco_mask.decode(annotation["segmentation"]), (x, y, x + width, y + height)
             shown[annotation["image_id"]][1].append(Segment(annotation["category_id"] - 1, mask, box))
     return list(shown.values())
-
-
-def _predicted(predictions: Path) -> list[list[Segment]]:
-    if predictions.is_dir():  # label maps, where 0 is unlabelled
-        maps = [np.asarray(Image.open(file)) for file in sorted(predictions.glob("*.png"))[:SHOWN_IMAGES]]
-        return [[Segment(label, found == label + 1) for label in range(len(CLASSES))] for found in maps]
-    # written by our own command; a pickle of someone else's should not be opened like this
-    samples = sorted(pickle.loads(predictions.read_bytes()), key=lambda sample: sample["img_id"])
-    return [_found(sample) for sample in samples[:SHOWN_IMAGES]]
-
-
-def _found(sample: dict) -> list[Segment]:
-    if "pred_panoptic_seg" in sample:
-        panoptic = np.asarray(sample["pred_panoptic_seg"]["sem_seg"]).squeeze()
-        numbers = np.unique(panoptic)
-        # of a thing: its class and 1000 times its number
-        return [Segment(int(n % 1000), panoptic == n) for n in numbers if n % 1000 < len(CLASSES)]
-    found = sample["pred_instances"]
-    columns = (found["labels"].tolist(), found["masks"], found["bboxes"].tolist(), found["scores"].tolist())
-    return [
-        Segment(label, coco_mask.decode(mask), tuple(box), score)
-        for label, mask, box, score in zip(*columns, strict=True)
-        if score >= SHOWN_SCORE
-    ]
 
 
 def _draw_segments(axis, pixels: np.ndarray, segments: list[Segment], colours: tuple) -> None:

@@ -3,12 +3,13 @@
 
     python tools/get_flops.py --all
     python tools/get_flops.py mask_rcnn_dinat_mini dinat_mini configs/mmseg/dinat/CONFIG.py [--size WIDTH HEIGHT]
+    python tools/get_flops.py mask2former/configs/*/*/*.yaml
 
-A published model goes by its name in `dinat_backbones.zoo` or its config; classifiers have none. MACs are counted as
-the published ones were (fvcore's convention, see dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN
-head, every box head on 1000 proposals and every mask head on 100, at 1280 x 800; of a segmentor the trunk and the
-decode head, but not the auxiliary head, at 2048 x 512, or 2560 x 640 for the models of that size; of a classifier
-everything, at its own size. Parameters are all trainable ones.
+A published model goes by its name in `dinat_backbones.zoo` or its config, Detectron2's Mask2Former by its YAML file;
+classifiers have none. MACs are counted as the published ones were (fvcore's convention, see
+dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN head, every box head on 1000 proposals and every mask
+head on 100, at 1280 x 800; of a segmentor the trunk and the decode head, but not the auxiliary head, at 2048 x 512, or
+2560 x 640 for the models of that size; of a classifier everything, at its own size. Parameters are all trainable ones.
 
 Nothing is computed: models are built on torch's meta device. Only Mask2Former's head runs, on zeros: shapes depend on
 its values. Its published MACs are said to be averages over a validation set; ours are those of one size, 800 x 800.
@@ -85,11 +86,12 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
         path = ROOT / "configs" / row.config if row else Path(name)
         if row is None:
             row = CONFIGS.get("/".join(path.parts[-3:]))
+        if path.suffix == ".yaml" and "dinat_large" in path.stem:
+            row = zoo.MASK2FORMER.get("/".join(path.parts[-3:-1]))
         if not path.is_file():
             sys.exit(f"{name} is neither a config file nor one of: {', '.join(NAMES)}")
-        cfg = _config(path)
+        cfg, model = _detectron2(path) if path.suffix == ".yaml" else _openmmlab(path)
         name = row.name if row else path.stem
-        model = _build(cfg)
         size = size or _usual_size(row, cfg)
     macs = next((count for has, count in COUNTS.items() if hasattr(model, has)), None)
     if macs is None:
@@ -98,27 +100,36 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
     return Count(name, row, params, macs(model, size), size)
 
 
-def _config(path: Path) -> Any:
+def _openmmlab(path: Path) -> tuple[Any, nn.Module]:
     try:
         from mmengine.config import Config
+        from mmengine.registry import MODELS, DefaultScope
     except ModuleNotFoundError as error:
         if error.name != "mmengine":
             raise
         sys.exit(f'{sys.argv[0]}: mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
-    return Config.fromfile(path)
-
-
-def _build(cfg: Any) -> nn.Module:
-    from mmengine.registry import MODELS, DefaultScope
-
+    cfg = Config.fromfile(path)
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")), torch.device("meta"):
-        return MODELS.build(cfg.model).eval()
+        return cfg, MODELS.build(cfg.model).eval()
+
+
+def _detectron2(path: Path) -> tuple[Any, nn.Module]:
+    try:
+        from dinat_backbones.adapters.mask2former import get_config
+    except ModuleNotFoundError as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    from detectron2.modeling import build_model
+
+    cfg = get_config(str(path), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        return cfg, build_model(cfg).eval()
 
 
 def _usual_size(row: Any, cfg: Any) -> tuple[int, int]:
     if isinstance(row, zoo.Segmentation):
         return row.scale
-    return MASK2FORMER_SIZE if isinstance(row, zoo.Mask2Former) else zoo.Detection.flops_input
+    mask2former = isinstance(row, zoo.Mask2Former) or "MASK_FORMER" in cfg.get("MODEL", {})
+    return MASK2FORMER_SIZE if mask2former else zoo.Detection.flops_input
 
 
 def _features(model: nn.Module, size: tuple[int, int]) -> tuple[int, Any]:
@@ -158,12 +169,10 @@ def _segmentor(model: nn.Module, size: tuple[int, int]) -> int:
 
 
 def _mask2former(model: nn.Module, size: tuple[int, int], head: nn.Module) -> int:
-    macs, features = _features(model, size)
-    head = head.to_empty(device="cpu")
-    for tensor in (*head.parameters(), *head.buffers()):
-        nn.init.zeros_(tensor)
     from mmengine.structures import BaseDataElement
 
+    macs, features = _features(model, size)
+    _materialize(head)
     width, height = size
     sample = BaseDataElement(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
     return macs + count_macs(head, [torch.zeros(map.shape) for map in features], [sample])
@@ -174,12 +183,31 @@ def _classifier(model: nn.Module, size: tuple[int, int]) -> int:
     return count_macs(model, torch.empty(1, 3, height, width, device="meta"))
 
 
+def _mask2former_of_detectron2(model: nn.Module, size: tuple[int, int]) -> int:
+    width, height = size
+    image = torch.empty(1, 3, height, width, device="meta")
+    macs = count_macs(model.backbone, image)
+    maps = {
+        name: torch.zeros(1, shape.channels, -(-height // shape.stride), -(-width // shape.stride))
+        for name, shape in model.backbone.output_shape().items()
+    }
+    _materialize(model.sem_seg_head)
+    return macs + count_macs(model.sem_seg_head, maps)
+
+
+def _materialize(head: nn.Module) -> None:
+    head.to_empty(device="cpu")
+    for tensor in (*head.parameters(), *head.buffers()):
+        nn.init.zeros_(tensor)
+
+
 # By an attribute of the model.
 COUNTS: dict[str, Callable[[nn.Module, tuple[int, int]], int]] = {
     "roi_head": _detector,
     "panoptic_head": lambda model, size: _mask2former(model, size, model.panoptic_head),
     "decode_head": _segmentor,
     "forward_head": _classifier,
+    "sem_seg_head": _mask2former_of_detectron2,
 }
 
 

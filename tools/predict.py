@@ -24,16 +24,25 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = argument_parser(__doc__.splitlines()[0], "of mmdet or mmseg").parse_args()
+    draw_all(args, lambda: load_predictor(args.config, args.checkpoint, args.device, args.score))
+
+
+def argument_parser(description: str, config: str) -> argparse.ArgumentParser:
+    """The command line without what is particular to a framework; `config` says whose config it is."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("pictures", type=Path, metavar="IMAGE|FOLDER", help=f"folders are searched for {SUFFIXES}")
-    parser.add_argument("--config", required=True, help="of mmdet or mmseg")
+    parser.add_argument("--config", required=True, help=config)
     parser.add_argument("--checkpoint", required=True, help="file or http(s) address")
     parser.add_argument("--out", type=Path, required=True, help="folder for the drawn pictures")
     parser.add_argument("--score", type=float, default=0.3, help="least score of an instance (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--force", action="store_true", help="draw again what is in the out folder")
-    args = parser.parse_args()
+    return parser
 
+
+def draw_all(args: argparse.Namespace, load: Callable[[], Callable[[Path, Path], str]]) -> None:
+    """Do what the command line says; `load` returns what `load_predictor` here does, and raises what that raises."""
     root = args.pictures if args.pictures.is_dir() else args.pictures.parent
     pictures = find_pictures(args.pictures)
     if not pictures:
@@ -47,7 +56,7 @@ def main() -> None:
     if not to_do:
         return
     try:
-        predict = load_predictor(args.config, args.checkpoint, args.device, args.score)
+        predict = load()
     except (OSError, ValueError) as error:
         stop(str(error))
     failed = []

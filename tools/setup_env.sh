@@ -78,6 +78,8 @@ echo "[$stack] 3/4 the rest of $requirements"
 install -r "$requirements" "$prebuild"
 # It asks for numpy 1 and scikit-image; what mmdet's panoptic metric takes from it needs neither.
 install --no-deps panopticapi-lite==0.2.0
+# It asks for Detectron2 and others at fixed addresses; what it needs is in the requirements.
+[ "$stack" = modern ] || install --no-deps --no-build-isolation maskformer2==0.1
 
 echo "[$stack] 4/4 dinat_backbones itself, with its CPU kernel"
 install -r "$requirements" --editable ".[dev]"

@@ -6,10 +6,8 @@
 The names go into mmengine's root registry, where every framework's own registry looks last.
 """
 
-import random
 from typing import Any
 
-import numpy as np
 import torch
 
 try:
@@ -28,6 +26,7 @@ except ModuleNotFoundError as error:
 
 from .. import backbone
 from ..checkpoint import load_backbone
+from .seeding import seed_everything
 
 
 class _Initialized:
@@ -119,10 +118,7 @@ class SeedStepsHook(Hook):
         self._seed(runner, 2 * (runner.iter + 1))  # for reading the next batch
 
     def _seed(self, runner: Any, step: int) -> None:
-        words = np.random.SeedSequence([runner.seed, get_rank(), step]).generate_state(3).tolist()
-        random.seed(words[0])
-        np.random.seed(words[1])
-        torch.manual_seed(words[2])
+        seed_everything(runner.seed, get_rank(), step)
 
 
 @FUNCTIONS.register_module(force=True)

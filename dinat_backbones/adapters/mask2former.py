@@ -1,0 +1,126 @@
+"""Mask2Former on Detectron2 with this package's backbones: one import, one config.
+
+    from dinat_backbones.adapters.mask2former import get_config
+    cfg = get_config("mask2former/configs/coco/panoptic-segmentation/....yaml", ["SOLVER.MAX_ITER", 1000])
+
+Takes whichever `mask2former` Python finds: PyPI's `maskformer2` or the original repository on PYTHONPATH. What differs
+between them, and from a machine without a CUDA build of their deformable attention, is settled here.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import detectron2 as adapter  # before Detectron2 itself: says what to do where that is missing
+
+# isort: split
+from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.utils.logger import log_first_n
+
+INSTALL = (
+    "pip install --no-deps --no-build-isolation maskformer2==0.1 (it pins what it needs to addresses; install "
+    "timm==0.9.16, scipy and panopticapi-lite), or put a checkout of facebookresearch/Mask2Former on PYTHONPATH"
+)
+_CUDA_OP = "MultiScaleDeformableAttention"
+_HAS_CUDA_OP = importlib.util.find_spec(_CUDA_OP) is not None
+
+
+@contextlib.contextmanager
+def _cuda_op_may_be_absent() -> Iterator[None]:
+    """The original repository refuses to be imported without its CUDA op, although it can do without."""
+    if not _HAS_CUDA_OP:
+        sys.modules[_CUDA_OP] = types.ModuleType(_CUDA_OP)
+    try:
+        yield
+    finally:
+        if not _HAS_CUDA_OP:
+            del sys.modules[_CUDA_OP]
+
+
+try:
+    with _cuda_op_may_be_absent():
+        mask2former: Any = importlib.import_module("mask2former")
+        if getattr(mask2former, "__file__", None) is None:  # a folder of that name, as in a checkout of this project
+            raise ModuleNotFoundError("no module named 'mask2former'", name="mask2former")
+        maskformer_model: Any = importlib.import_module("mask2former.maskformer_model")
+        ms_deform_attn: Any = importlib.import_module("mask2former.modeling.pixel_decoder.ops.modules.ms_deform_attn")
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "mask2former":
+        raise
+    raise ModuleNotFoundError(
+        f"dinat_backbones.adapters.mask2former needs Mask2Former: {INSTALL}", name="mask2former"
+    ) from error
+
+
+class _DeformableAttentionInPyTorch:
+    """Stands in for `MSDeformAttnFunction`. Without it, theirs is tried and fails at every call before they fall back
+    to the same function."""
+
+    @staticmethod
+    def apply(
+        value: Tensor, shapes: Tensor, level_start: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
+    ) -> Tensor:
+        log_first_n(
+            logging.INFO,
+            "MSDeformAttn: no CUDA build of it is installed; its PyTorch version (grid_sample) runs instead",
+            name=__name__,
+            key="message",
+        )
+        return ms_deform_attn.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
+
+
+if not _HAS_CUDA_OP:
+    ms_deform_attn.MSDeformAttnFunction = _DeformableAttentionInPyTorch
+
+
+class _SetCriterion(maskformer_model.SetCriterion):
+    """maskformer2 0.1 took its criterion from a relative of Mask2Former that makes `weight_dict` itself, from other
+    arguments than its own `MaskFormer.from_config` passes. This one takes those, as the original repository's does."""
+
+    def __init__(self, num_classes: int, matcher: Any, weight_dict: dict[str, float], **kwargs: Any):
+        super().__init__(
+            num_classes,
+            matcher,
+            class_weight=weight_dict["loss_ce"],
+            mask_weight=weight_dict["loss_mask"],
+            dice_weight=weight_dict["loss_dice"],
+            num_layers=sum(name.startswith("loss_ce_") for name in weight_dict),
+            **kwargs,
+        )
+
+
+if "weight_dict" not in inspect.signature(maskformer_model.SetCriterion).parameters:
+    maskformer_model.SetCriterion = _SetCriterion
+
+
+def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
+    """A config with the defaults of Detectron2, its DeepLab project (poly schedule), Mask2Former and `MODEL.DINAT`.
+
+    Args:
+        file: a YAML file that is read into it, with its `_BASE_` files.
+        options: keys and values in turn, as on a command line, that win over the file.
+
+    Raises:
+        FileNotFoundError: `file` is not there.
+        KeyError, ValueError: a key that does not exist, a value of another type.
+    """
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    mask2former.add_maskformer2_config(cfg)
+    adapter.add_dinat_config(cfg)
+    if file is not None:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"config {file} is not there")
+        cfg.merge_from_file(str(file))
+    cfg.merge_from_list(list(options))
+    return cfg
