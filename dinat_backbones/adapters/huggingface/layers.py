@@ -1,4 +1,7 @@
-"""The trunk's modules with their children under the names of transformers' files."""
+"""The trunk's modules with their children under the names of transformers' files.
+
+The trunk builds them and runs them; it finds a renamed child under its own name through a property.
+"""
 
 from functools import partial
 from typing import Any
@@ -14,6 +17,7 @@ from .configuration import NatConfig
 
 
 def _rename(module: nn.Module, **names: str) -> None:
+    """Register the children called like the keywords under the other names, at the end."""
     for old, new in names.items():
         module._modules[new] = module._modules.pop(old)
 
