@@ -35,7 +35,8 @@ test-classic: setup-classic
 	@echo "== classic stack"
 	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
 		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py \
-		tests/test_detectron2.py tests/test_mask2former.py
+		tests/test_convert.py tests/test_flops.py tests/test_detectron2.py tests/test_mask2former.py \
+		tests/test_mask2former_checkpoints.py tests/test_prepare_datasets.py
 
 lint: setup
 	.venv/bin/ruff check .

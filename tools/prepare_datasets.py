@@ -239,7 +239,7 @@ def cityscapes(root: Path, split: str, workers: int) -> None:
     try:
         from cityscapesscripts.preparation.createPanopticImgs import convert2panoptic
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Cityscapes needs its own tools: pip install cityscapesscripts") from error
+        raise ModuleNotFoundError(f"Cityscapes needs its own tools ({error}): pip install cityscapesscripts") from error
     left = [path for path in polygons if not _train_ids(path).exists()]
     each(_label_train_ids, left, f"gtFine/{split}/*_labelTrainIds.png", workers)
     annotations = base / f"cityscapes_panoptic_{split}.json"

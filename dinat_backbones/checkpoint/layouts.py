@@ -230,7 +230,7 @@ def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any]
     ]
     for key, value in entries.items():
         name = str(key).removeprefix("dataset_meta.").lower()
-        if layout.bare or name not in ("classes", "palette") or not isinstance(value, (list, tuple)):
+        if not layout.class_key or name not in ("classes", "palette") or not isinstance(value, (list, tuple)):
             changes.append(Change("dropped", f"meta.{key}", note="not needed to use the model"))
             continue
         target = layout.class_key.format(lower=name, upper=name.upper())
