@@ -31,7 +31,8 @@ test-modern: setup
 test-classic: setup-classic
 	@echo "== classic stack"
 	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
-		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py
+		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py tests/test_classifier.py \
+		tests/test_validate.py tests/test_mmpretrain.py
 
 lint: setup
 	.venv/bin/ruff check .

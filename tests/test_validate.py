@@ -22,6 +22,33 @@ sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 validate = importlib.import_module("validate")
 
 MODEL, CLASSES, EACH = "dinat_mini", ["ant", "bee", "cat", "dog", "elk", "fox"], 3
+# run with the tool in place of its model: as its own process has to
+SMALL = """
+from dinat_backbones.classifier import DiNATClassifier
+
+def small(name, num_classes=1000):
+    shape = dict(embed_dim=16, depths=[1, 1], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, dilations=[[4], [1]])
+    return DiNATClassifier(**shape, num_classes=num_classes)
+"""
+made: dict = {}
+exec(SMALL, made)
+small = made["small"]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """Runs the tool in this process, with a small model; returns the message that it ended with."""
+    monkeypatch.setattr(validate, "create_classifier", small)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, words)])
+        try:
+            validate.main()
+        except SystemExit as stopped:
+            return stopped.code
+        return None
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +67,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "model.pth"
-    torch.save(fill_by_name(create_classifier(MODEL, num_classes=len(CLASSES))).state_dict(), path)
+    torch.save(fill_by_name(small(MODEL, len(CLASSES))).state_dict(), path)
     return path
 
 
 @pytest.fixture(scope="module")
 def expected(folder, checkpoint):
     """Counted by hand: PIL and numpy for the pictures, one at a time, ranks by sorting."""
-    model = create_classifier(MODEL, num_classes=len(CLASSES)).eval()
+    model = small(MODEL, len(CLASSES)).eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     top1 = top5 = 0
     for label, name in enumerate(CLASSES):
@@ -67,20 +94,14 @@ def expected(folder, checkpoint):
     return dict(done=len(CLASSES) * EACH, top1=top1, top5=top5)
 
 
-def run(*words, **kwargs):
-    command = [sys.executable, str(ROOT / "tools" / "validate.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
-
-
 def states(folder):
     return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def test_counts_as_by_hand_and_goes_on(folder, checkpoint, expected, tmp_path, monkeypatch, capsys):
+def test_counts_as_by_hand_and_goes_on(tool, folder, checkpoint, expected, tmp_path, monkeypatch, capsys):
     """Stopped after the second batch, then continued: nothing is counted twice or left out."""
     assert 0 < expected["top1"] < expected["top5"] < expected["done"]  # otherwise this shows little
     words = [folder.parent, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--batch-size", 5, "--workers", 0]
-    monkeypatch.setattr(sys, "argv", ["validate.py", *map(str, words)])
     write, batches = validate.write_state, []
 
     def interrupted(path, tally):
@@ -90,26 +111,27 @@ def test_counts_as_by_hand_and_goes_on(folder, checkpoint, expected, tmp_path, m
             raise KeyboardInterrupt
 
     monkeypatch.setattr(validate, "write_state", interrupted)
-    with pytest.raises(SystemExit, match="stopped after 10 of 18 images; the same command goes on"):
-        validate.main()
+    assert "stopped after 10 of 18 images; the same command goes on" in tool(*words)
     (state,) = states(tmp_path).values()
     assert state["done"] == 10
-    validate.main()
+    assert tool(*words) is None
     assert batches == [5, 10, 15, 18]
     assert list(states(tmp_path).values()) == [expected]
     text = capsys.readouterr().out
     assert "going on after 10 of 18 images" in text
     line = f"top-1 {100 * expected['top1'] / 18:.2f}, top-5 {100 * expected['top5'] / 18:.2f}"
     assert text.endswith(f"{MODEL}: {line}\n")
-    validate.main()  # a third time nothing is left
+    assert tool(*words) is None  # a third time nothing is left
     assert "counted before" in capsys.readouterr().out and len(batches) == 4
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
-def test_killed_run_leaves_a_whole_state(folder, checkpoint, expected, tmp_path):
-    command = [sys.executable, ROOT / "tools" / "validate.py", folder, MODEL, "--checkpoint", checkpoint]
-    command += ["--state", tmp_path, "--batch-size", "1", "--workers", "1"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_killed_run_leaves_a_whole_state(tool, folder, checkpoint, expected, tmp_path):
+    code = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]\nimport validate{SMALL}"
+    code += "validate.create_classifier = small\nvalidate.main()"
+    words = [folder, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--batch-size", 1, "--workers"]
+    command = [sys.executable, "-c", code, *map(str, words), "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not states(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -119,8 +141,7 @@ def test_killed_run_leaves_a_whole_state(folder, checkpoint, expected, tmp_path)
     if state["done"] < 18:
         assert process.returncode == 1
         assert f"stopped after {state['done']} of 18 images" in err and "Traceback" not in err
-    done = run(*command[2:])
-    assert done.returncode == 0, done.stderr
+    assert tool(*words, 0) is None
     assert list(states(tmp_path).values()) == [expected]
 
 
@@ -141,9 +162,8 @@ def test_state_belongs_to_weights_folder_and_precision(folder, checkpoint, tmp_p
     assert len(set(variants)) == 4
 
 
-def test_half_precision(folder, checkpoint, tmp_path, expected):
-    done = run(folder, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--amp", "--workers", 0)
-    assert done.returncode == 0, done.stderr
+def test_half_precision(tool, folder, checkpoint, tmp_path, expected):
+    assert tool(folder, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--amp", "--workers", 0) is None
     (state,) = states(tmp_path).values()
     assert state["done"] == 18 and abs(state["top1"] - expected["top1"]) <= 2
 
@@ -182,13 +202,18 @@ def imagenet(root):
     return root
 
 
-def test_table_goes_on_where_weights_are_missing(tmp_path):
+def test_table_goes_on_where_weights_are_missing(tool, tmp_path, monkeypatch, capsys):
     """Without a network: every model has its reason, and the address."""
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("dinat_backbones.checkpoint.download.urlopen", no_network)
+    monkeypatch.setattr(validate, "create_classifier", create_classifier)
     words = ["--table", "--workers", 0, "--state", tmp_path / "state"]
-    env = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "PATH": "", "PYTHONPATH": str(ROOT)}
-    done = run(imagenet(tmp_path / "imagenet"), "dinat_mini", "nat_mini", *words, env=env)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    lines = done.stdout.splitlines()
+    assert tool(imagenet(tmp_path / "imagenet"), "dinat_mini", "nat_mini", *words) == 1
+    lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("dinat_mini                224 not measured: cannot download https://shi-labs.com")
     assert lines[-1].startswith("nat_mini                  224 not measured: cannot download https://shi-labs.com")
 
@@ -224,20 +249,16 @@ def broken(folder, tmp_path):
         (["damaged", MODEL, "--batch-size", "0"], "--batch-size must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_said(broken, words, message, monkeypatch, capsys):
+def test_what_is_wrong_is_said(tool, broken, words, message, monkeypatch, capsys):
     monkeypatch.chdir(broken)
-    monkeypatch.setattr(sys, "argv", ["validate.py", *words])
-    with pytest.raises(SystemExit) as stopped:
-        validate.main()
-    assert message in str(stopped.value) + capsys.readouterr().err
+    stopped = tool(*words)
+    assert stopped and message in str(stopped) + capsys.readouterr().err
 
 
-def test_damaged_picture_and_other_classes_are_named(broken, folder, checkpoint, tmp_path):
-    model = create_classifier(MODEL, num_classes=1)
-    torch.save(model.state_dict(), tmp_path / "one.pth")
-    state = tmp_path / "state"
-    done = run(broken / "damaged", MODEL, "--checkpoint", tmp_path / "one.pth", "--workers", 1, "--state", state)
-    assert done.returncode == 1 and "a.png cannot be read as a picture" in done.stderr
-    done = run(folder, MODEL, "--checkpoint", tmp_path / "one.pth", "--state", state)
-    assert done.returncode == 1 and "is for another number of classes than the 6 folders" in done.stderr
-    assert not states(state)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_picture_and_other_classes_are_named(tool, broken, folder, tmp_path, workers):
+    torch.save(small(MODEL, 1).state_dict(), tmp_path / "one.pth")
+    words = [MODEL, "--checkpoint", tmp_path / "one.pth", "--state", tmp_path / "state", "--workers", workers]
+    assert "a.png cannot be read as a picture" in tool(broken / "damaged", *words)
+    assert "is for another number of classes than the 6 folders" in tool(folder, *words)
+    assert not states(tmp_path / "state")
