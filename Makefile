@@ -34,9 +34,10 @@ test-modern: setup
 test-classic: setup-classic
 	@echo "== classic stack"
 	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
-		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py \
-		tests/test_convert.py tests/test_flops.py tests/test_detectron2.py tests/test_mask2former.py \
-		tests/test_mask2former_checkpoints.py tests/test_prepare_datasets.py
+		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py tests/test_classifier.py \
+		tests/test_validate.py tests/test_mmpretrain.py tests/test_convert.py tests/test_flops.py \
+		tests/test_detectron2.py tests/test_mask2former.py tests/test_mask2former_checkpoints.py \
+		tests/test_prepare_datasets.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -65,7 +65,7 @@ class _Head(nn.Module):
         self.global_pool = self.global_pool if global_pool is None else global_pool
         like = next(self.parameters())  # a model that has been moved gets its new head where it is
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
-        init_linear(self.head)
+        init_linear(self.head.train(self.training))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images ``[B, in_chans, H, W]`` to logits ``[B, num_classes]`` (what `forward_head` returns)."""

@@ -29,6 +29,7 @@ class Isotropic(nn.Module):
 
     Raises:
         ValueError: an unknown `arch`, arguments that do not fit together.
+        TypeError: an unknown argument.
     """
 
     stages_name = "layers"

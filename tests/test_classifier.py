@@ -8,9 +8,9 @@ import torch
 from conftest import GOLDEN, fill_by_name, load_golden
 from test_backbone import published_state
 
-from dinat_backbones import NeighborhoodAttention2D, create_classifier, list_models, zoo
+from dinat_backbones import DiNAT, NeighborhoodAttention2D, create_classifier, list_models, zoo
 from dinat_backbones.attention import GlobalAttention2D
-from dinat_backbones.checkpoint import load_classifier, resize_rpb
+from dinat_backbones.checkpoint import load_backbone, load_classifier, resize_rpb
 from dinat_backbones.classifier import DiNAT_sClassifier, DiNATClassifier, IsotropicClassifier, NATClassifier
 
 GOLDEN_CLASSIFIERS = sorted(path.stem for path in GOLDEN.glob("cls_*.npz"))
@@ -142,7 +142,6 @@ def test_overrides():
         (lambda: create_classifier("dinat_mini", -1), "num_classes=-1: expected at least 0"),
         (lambda: create_classifier("dinat_mini", global_pool="max"), "global_pool='max': expected 'avg'"),
         (lambda: IsotropicClassifier("dinat_mini"), "unknown isotropic model 'dinat_mini'"),
-        (lambda: IsotropicClassifier("vitrpb_small", depths=3), "unknown argument 'depths'. Did you mean 'depth'?"),
         (lambda: DiNATClassifier("nat_mini"), "belongs to NAT"),
         (lambda: GlobalAttention2D(8, 2, 0), "size=0: expected at least 1"),
     ],
@@ -151,6 +150,12 @@ def test_errors(call, message):
     with pytest.raises(ValueError) as caught, torch.device("meta"):
         call()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("made", MADE.values())
+def test_unknown_arguments_are_not_ignored(made):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'drop_rat'"):
+        made(drop_rat=0.1)
 
 
 # --------------------------------------------------------------------------------------------------- global attention
@@ -398,6 +403,19 @@ def test_create_classifier_with_a_file(tmp_path):
         create_classifier("dinat_tiny", pretrained=str(tmp_path / "m.pth"))
     with pytest.raises(FileNotFoundError, match="checkpoint .*none.pth is not there"):
         create_classifier("dinat_mini", pretrained=tmp_path / "none.pth")
+
+
+def test_trunk_of_the_last_stage_alone_takes_the_norm_of_the_classifier(saved, caplog):
+    """It then returns what the head of the classifier sees; a pyramid keeps its own norms."""
+    model, path = saved
+    trunk = DiNAT(**SMALL, dilations=[[2], [1, 2]], out_indices=[1]).eval()
+    assert "norm1.weight" in load_backbone(trunk, path).loaded
+    with torch.no_grad():
+        assert torch.equal(trunk(images())[0], model.forward_features(images()))
+    pyramid = DiNAT(**SMALL, dilations=[[2], [1, 2]])
+    assert "norm1.weight" in load_backbone(pyramid, path).missing
+    first = DiNAT(**SMALL, dilations=[[2], [1, 2]], out_indices=[0])
+    assert load_backbone(first, path).missing == ("norm0.weight", "norm0.bias")
 
 
 def test_published_weights_without_network(monkeypatch, tmp_path):

@@ -7,9 +7,11 @@
 `pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 try:
@@ -35,6 +37,10 @@ class _ForTimm:
             dict(num_chs=channels, reduction=stride, module=f"{self.stages_name}.{i}")
             for i, (channels, stride) in enumerate(zip(self.stage_channels, self.stage_strides, strict=True))
         ]
+
+    @property
+    def in_chans(self: Any) -> int:
+        return next(module for module in self.modules() if isinstance(module, nn.Conv2d)).in_channels
 
     @property
     def head_hidden_size(self: Any) -> int:
@@ -117,24 +123,28 @@ def _entry(name: str) -> Any:
     base, arguments = classifier.recipe(name)
     stages = len(zoo.ARCHS[arguments["arch"]].depths) if arguments["arch"] in zoo.ARCHS else None
 
-    def build(img_size: int | Sequence[int] | None = None, **kwargs: Any) -> nn.Module:
+    def build(
+        img_size: int | Sequence[int] | None = None, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> nn.Module:
         """timm gives `img_size` as (height, width); only isotropic models have a size, and theirs is a square."""
         if img_size is not None and stages is None:
             sides = {img_size} if isinstance(img_size, int) else set(img_size)
             if len(sides) > 1:
                 raise ValueError(f"img_size={img_size}: {name} takes squares")
             kwargs["img_size"] = sides.pop()
-        return CLASSES[base](**kwargs)
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            return CLASSES[base](**kwargs).to(dtype)
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained and not kwargs.get("pretrained_cfg") and not kwargs.get("pretrained_cfg_overlay"):
             kwargs["pretrained_cfg_overlay"] = dict(file=str(fetch(default_cfgs[name].default.url)))
+        depths = kwargs.get("depths") or range(stages or 4)
         return build_model_with_cfg(
             build,
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=tuple(range(stages)) if stages else 4, feature_cls="getter"),
+            feature_cfg=dict(out_indices=tuple(range(len(depths))) if stages else 4, feature_cls="getter"),
             **{**arguments, **kwargs},
         )
 

@@ -134,7 +134,8 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says.
+    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A trunk that returns its
+    last stage alone computes what an ImageNet classifier does: its output norm is then that of the classifier.
 
     Args:
         model: a trunk; untouched if an error is raised.
@@ -146,7 +147,12 @@ def load_backbone(
         ValueError: nothing fits, or the file belongs to another architecture (other shapes, other depths, layer scale
             on one side only); and whatever `read` raises.
     """
-    own, state = model.state_dict(), backbone_state(read(source, allow_pickle=allow_pickle), prefix)
+    checkpoint = read(source, allow_pickle=allow_pickle)
+    own, state = model.state_dict(), backbone_state(checkpoint, prefix)
+    last = f"norm{len(_depths(own)) - 1}."
+    if {match[0] for match in map(_OUTPUT_NORM.match, own) if match} == {last}:
+        whole = bare_state(checkpoint, prefix).items()
+        state = {key.replace("norm.", last): value for key, value in whole if key.startswith("norm.")} | state
     family = type(model).__name__
     if not any(_BLOCK.match(key) for key in own.keys() & state.keys()):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any, Protocol, TypeVar
 
@@ -95,11 +95,8 @@ def arch(name: str) -> Arch:
 
 
 def isotropic(name: str, **changes: Any) -> Isotropic:
-    """The isotropic model of that name with some of its fields changed; ValueError with what is known otherwise."""
-    model = find("isotropic model", name, ISOTROPIC)
-    for field in changes:
-        find("argument", field, {known.name: None for known in fields(model) if known.name != "name"})
-    return replace(model, **changes)
+    """The isotropic model of that name, with some fields changed; ValueError with the known names otherwise."""
+    return replace(find("isotropic model", name, ISOTROPIC), **changes)
 
 
 # -------------------------------------------------------------------------------------------------------- dilations
