@@ -22,7 +22,8 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 128
-MIN_VERSION = (3, 0)
+MIN_VERSION = (3, 2)  # the first with tl.gather
+WIDE = 1 << 30  # from so many elements in one image on, offsets inside it have 64 bit; those of images always do
 
 
 class Tiles(NamedTuple):
@@ -133,6 +134,8 @@ class _Call:
             DIM=self.dim,
             BLOCK_DIM=max(16, power_of_two(self.dim)),  # of a matrix product
             HAS_RPB=rpb is not None,
+            BLOCK_TABLE=power_of_two((2 * kernel_size - 1) ** 2),
+            WIDE=self.height * max(query.stride(1), 3 * self.width * self.heads * self.dim) >= WIDE,
             PRECISION="tf32" if query.dtype == torch.float32 and _tf32() else "ieee",
         )
 

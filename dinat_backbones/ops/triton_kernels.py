@@ -69,10 +69,17 @@ def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMN
 
 
 @triton.jit
-def _pixels(batch, row, column, residue_row, residue_column, height, width, dilation):
-    """Index of positions of a residue class in the flattened [B, H, W]; 64 bit."""
-    start = (batch.to(tl.int64) * height + residue_row) * width + residue_column
-    return start + row.to(tl.int64) * dilation * width + column * dilation
+def _steps(dilation, row, column, WIDE: tl.constexpr):
+    """Distance in memory of neighbors of a residue class, from that of rows and columns of the map."""
+    if WIDE:  # offsets inside one image need 64 bit; those of images always have them
+        return dilation.to(tl.int64) * row, dilation.to(tl.int64) * column
+    return dilation * row, dilation * column
+
+
+@triton.jit
+def _first_pixel(batch, head, residue_row, residue_column, height, width, heads):
+    """Index of the first position of a residue class in the flattened [B, H, W, heads]; 64 bit."""
+    return ((batch.to(tl.int64) * height + residue_row) * width + residue_column) * heads + head
 
 
 @triton.jit
@@ -95,9 +102,25 @@ def _store(pointer, offsets, inside, values, DIM: tl.constexpr, BLOCK_DIM: tl.co
 
 
 @triton.jit
-def _in_window(distance, KERNEL: tl.constexpr):
-    """0 <= distance < KERNEL in one comparison."""
-    return distance.to(tl.uint32, bitcast=True) < KERNEL
+def _outside(distance, KERNEL: tl.constexpr):
+    """What to add to a logit whose key is `distance` after the start of the window: 0 inside, else -inf."""
+    inside = distance.to(tl.uint32, bitcast=True) < KERNEL  # 0 <= distance < KERNEL in one comparison
+    return tl.where(inside, 0.0, float("-inf"))
+
+
+@triton.jit
+def _table(rpb, head, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr):
+    """The bias table of a head, in registers: [BLOCK_TABLE], flat, float32."""
+    SIZE: tl.constexpr = (2 * KERNEL - 1) * (2 * KERNEL - 1)
+    entry = tl.arange(0, BLOCK_TABLE)
+    return tl.load(rpb + head * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _bias(table, keys, queries, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr):
+    """Entries of the table for pairs of key and query, row * SPAN + column each; anything for pairs too far apart."""
+    index = (keys - queries + (KERNEL - 1) * 2 * KERNEL) & (BLOCK_TABLE - 1)
+    return tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -121,7 +144,9 @@ def forward_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     HAS_RPB: tl.constexpr,
+    BLOCK_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -134,18 +159,22 @@ def forward_kernel(
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
     start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
-    row_step = dilation.to(tl.int64) * stride_row
-    column_step = dilation.to(tl.int64) * stride_column
+    query, key, value = query + start, key + start, value + start
+    row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
+    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
     q_row, q_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
     q_inside = (q_row < rows) & (q_column < columns)
-    q_row, q_column = tl.minimum(q_row, rows - 1), tl.minimum(q_column, columns - 1)  # the bias table ends, too
     q_row_start = _window_start(q_row, rows, KERNEL)
     q_column_start = _window_start(q_column, columns, KERNEL)
-    q = _load(query, start + q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
+    q = _load(query, q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
 
-    block = tl.arange(0, ROWS * COLUMNS)
+    if HAS_RPB:
+        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
+    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
     low_row, high_row = _key_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _key_range(first_column, columns, TILE_COLUMNS, KERNEL)
     # Finite, so that a block without a key of some query's window leaves that query's sums at zero and not at NaN
@@ -153,31 +182,31 @@ def forward_kernel(
     total = tl.zeros([TILE_ROWS * TILE_COLUMNS], tl.float32)
     result = tl.zeros([TILE_ROWS * TILE_COLUMNS, BLOCK_DIM], tl.float32)
     for at_column in range(low_column, high_column, COLUMNS):
+        k_column = at_column + block_column
+        block_offsets = block_row * row_step + k_column * column_step
+        outside_columns = _outside(k_column[None, :] - q_column_start[:, None], KERNEL)
         for at_row in range(low_row, high_row, ROWS):
-            k_row, k_column = at_row + block // COLUMNS, at_column + block % COLUMNS
-            offsets = start + k_row * row_step + k_column * column_step
+            k_row = at_row + block_row
+            offsets = at_row * row_step
             k_inside = (k_row < high_row) & (k_column < high_column)
-            k = _load(key, offsets, k_inside, DIM, BLOCK_DIM)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            seen = _in_window(k_row[None, :] - q_row_start[:, None], KERNEL)
-            seen &= _in_window(k_column[None, :] - q_column_start[:, None], KERNEL)
+            k = _load(key + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + outside_columns
+            logits += _outside(k_row[None, :] - q_row_start[:, None], KERNEL)
             if HAS_RPB:
-                index = (k_row * SPAN + k_column)[None, :] - (q_row * SPAN + q_column)[:, None]
-                center = rpb + head * SPAN * SPAN + (KERNEL - 1) * (SPAN + 1)
-                logits += tl.load(center + index, mask=seen, other=0.0).to(tl.float32)
-            logits = tl.where(seen, logits, float("-inf"))
+                keys = (k_row * SPAN + k_column)[None, :]
+                logits += _bias(table, keys, (q_row * SPAN + q_column)[:, None], KERNEL, BLOCK_TABLE)
             new_highest = tl.maximum(highest, tl.max(logits, 1))
             weights = tl.exp2(logits * LOG2E - (new_highest * LOG2E)[:, None])
             shrink = tl.exp2((highest - new_highest) * LOG2E)
             total = total * shrink + tl.sum(weights, 1)
-            v = _load(value, offsets, k_inside, DIM, BLOCK_DIM)
+            v = _load(value + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
             result = result * shrink[:, None]
             result = tl.dot(weights.to(v.dtype), v, result, input_precision=PRECISION)
             highest = new_highest
 
-    pixels = _pixels(batch, q_row, q_column, residue_row, residue_column, height, width, dilation) * heads + head
-    _store(out, pixels * DIM, q_inside, result / total[:, None], DIM, BLOCK_DIM)
-    tl.store(lse + pixels, highest * LOG2E + tl.log2(total), mask=q_inside)
+    pixels = q_row * pixel_row_step + q_column * pixel_column_step
+    _store(out + first_pixel * DIM, pixels * DIM, q_inside, result / total[:, None], DIM, BLOCK_DIM)
+    tl.store(lse + first_pixel + pixels, highest * LOG2E + tl.log2(total), mask=q_inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -205,7 +234,9 @@ def query_gradient_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     HAS_RPB: tl.constexpr,
+    BLOCK_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_SPAN: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -224,50 +255,54 @@ def query_gradient_kernel(
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
     start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
-    row_step = dilation.to(tl.int64) * stride_row
-    column_step = dilation.to(tl.int64) * stride_column
+    query, key, value = query + start, key + start, value + start
+    row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
+    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
     q_row, q_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
     q_inside = (q_row < rows) & (q_column < columns)
-    q_row, q_column = tl.minimum(q_row, rows - 1), tl.minimum(q_column, columns - 1)  # the bias table ends, too
     q_row_start = _window_start(q_row, rows, KERNEL)
     q_column_start = _window_start(q_column, columns, KERNEL)
-    q = _load(query, start + q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
-    pixels = _pixels(batch, q_row, q_column, residue_row, residue_column, height, width, dilation)
-    q_pixels = pixels * heads + head
-    q_out = _load(out, q_pixels * DIM, q_inside, DIM, BLOCK_DIM)
-    q_grad_out = _load(grad_out, q_pixels * DIM, q_inside, DIM, BLOCK_DIM)
+    q = _load(query, q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
+    pixels = q_row * pixel_row_step + q_column * pixel_column_step
+    q_out = _load(out + first_pixel * DIM, pixels * DIM, q_inside, DIM, BLOCK_DIM)
+    q_grad_out = _load(grad_out + first_pixel * DIM, pixels * DIM, q_inside, DIM, BLOCK_DIM)
     q_delta = tl.sum(q_out.to(tl.float32) * q_grad_out.to(tl.float32), 1)
-    tl.store(delta + q_pixels, q_delta, mask=q_inside)
-    q_lse = tl.load(lse + q_pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
+    tl.store(delta + first_pixel + pixels, q_delta, mask=q_inside)
+    q_lse = tl.load(lse + first_pixel + pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
 
-    block = tl.arange(0, ROWS * COLUMNS)
+    if HAS_RPB:
+        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
+    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
     low_row, high_row = _key_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _key_range(first_column, columns, TILE_COLUMNS, KERNEL)
     bins = tl.arange(0, BLOCK_SPAN)
     pair_columns = tl.arange(0, TILE_COLUMNS * COLUMNS)  # (query column, key column)
     pair_rows = tl.arange(0, TILE_ROWS * ROWS)  # (query row, key row)
     result = tl.zeros([TILE_ROWS * TILE_COLUMNS, BLOCK_DIM], tl.float32)
-    table = tl.zeros([BLOCK_SPAN, BLOCK_SPAN], tl.float32)
+    sums = tl.zeros([BLOCK_SPAN, BLOCK_SPAN], tl.float32)
     for at_column in range(low_column, high_column, COLUMNS):
         if HAS_RPB:
             bin_column = (at_column + pair_columns % COLUMNS) - (first_column + pair_columns // COLUMNS) + KERNEL - 1
             to_column = (bin_column[:, None] == bins[None, :]).to(q.dtype)
+        k_column = at_column + block_column
+        block_offsets = block_row * row_step + k_column * column_step
+        outside_columns = _outside(k_column[None, :] - q_column_start[:, None], KERNEL)
         for at_row in range(low_row, high_row, ROWS):
-            k_row, k_column = at_row + block // COLUMNS, at_column + block % COLUMNS
-            offsets = start + k_row * row_step + k_column * column_step
+            k_row = at_row + block_row
+            offsets = at_row * row_step
             k_inside = (k_row < high_row) & (k_column < high_column)
-            k = _load(key, offsets, k_inside, DIM, BLOCK_DIM)
-            v = _load(value, offsets, k_inside, DIM, BLOCK_DIM)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            seen = _in_window(k_row[None, :] - q_row_start[:, None], KERNEL)
-            seen &= _in_window(k_column[None, :] - q_column_start[:, None], KERNEL)
+            k = _load(key + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
+            v = _load(value + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + outside_columns
+            logits += _outside(k_row[None, :] - q_row_start[:, None], KERNEL)
             if HAS_RPB:
-                index = (k_row * SPAN + k_column)[None, :] - (q_row * SPAN + q_column)[:, None]
-                center = rpb + head * SPAN * SPAN + (KERNEL - 1) * (SPAN + 1)
-                logits += tl.load(center + index, mask=seen, other=0.0).to(tl.float32)
-            weights = tl.where(seen, tl.exp2(logits * LOG2E - q_lse[:, None]), 0.0)
+                keys = (k_row * SPAN + k_column)[None, :]
+                logits += _bias(table, keys, (q_row * SPAN + q_column)[:, None], KERNEL, BLOCK_TABLE)
+            weights = tl.exp2(logits * LOG2E - q_lse[:, None])
             grad_weights = tl.dot(q_grad_out, tl.trans(v), input_precision=PRECISION)
             grad_logits = (weights * (grad_weights - q_delta[:, None])).to(k.dtype)
             result = tl.dot(grad_logits, k, result, input_precision=PRECISION)
@@ -278,17 +313,18 @@ def query_gradient_kernel(
                 by_column = tl.dot(pairs, to_column, input_precision=PRECISION)
                 bin_row = (at_row + pair_rows % ROWS) - (first_row + pair_rows // ROWS) + KERNEL - 1
                 to_row = (bins[:, None] == bin_row[None, :]).to(tl.float32)
-                table = tl.dot(to_row, by_column, table, input_precision="ieee")
+                sums = tl.dot(to_row, by_column, sums, input_precision="ieee")
 
-    _store(grad_query, (pixels * 3 * heads + head) * DIM, q_inside, result * scale, DIM, BLOCK_DIM)
+    grad_query += (first_pixel - head) * 3 * DIM + head * DIM
+    _store(grad_query, pixels * 3 * DIM, q_inside, result * scale, DIM, BLOCK_DIM)
     if HAS_RPB:
         which = head if ATOMIC else tl.program_id(0)
         entries = grad_rpb + which.to(tl.int64) * SPAN * SPAN + bins[:, None] * SPAN + bins[None, :]
         mask = (bins < SPAN)[:, None] & (bins < SPAN)[None, :]
         if ATOMIC:
-            tl.atomic_add(entries, table, mask=mask, sem="relaxed")
+            tl.atomic_add(entries, sums, mask=mask, sem="relaxed")
         else:
-            tl.store(entries, table, mask=mask)
+            tl.store(entries, sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -315,7 +351,9 @@ def key_gradient_kernel(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     HAS_RPB: tl.constexpr,
+    BLOCK_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -328,46 +366,53 @@ def key_gradient_kernel(
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
     start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
-    row_step = dilation.to(tl.int64) * stride_row
-    column_step = dilation.to(tl.int64) * stride_column
+    query, key, value = query + start, key + start, value + start
+    row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
+    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
     k_row, k_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
     k_inside = (k_row < rows) & (k_column < columns)
-    offsets = start + k_row * row_step + k_column * column_step
+    offsets = k_row * row_step + k_column * column_step
     k = _load(key, offsets, k_inside, DIM, BLOCK_DIM)
     v = _load(value, offsets, k_inside, DIM, BLOCK_DIM)
 
-    block = tl.arange(0, ROWS * COLUMNS)
+    if HAS_RPB:
+        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
+    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
+    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
     low_row, high_row = _query_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _query_range(first_column, columns, TILE_COLUMNS, KERNEL)
     k_result = tl.zeros([TILE_ROWS * TILE_COLUMNS, BLOCK_DIM], tl.float32)
     v_result = tl.zeros([TILE_ROWS * TILE_COLUMNS, BLOCK_DIM], tl.float32)
     for at_column in range(low_column, high_column, COLUMNS):
+        q_column = at_column + block_column
+        q_column_start = _window_start(q_column, columns, KERNEL)
+        block_offsets = block_row * row_step + q_column * column_step
+        block_pixels = block_row * pixel_row_step + q_column * pixel_column_step
+        outside_columns = _outside(k_column[:, None] - q_column_start[None, :], KERNEL)
         for at_row in range(low_row, high_row, ROWS):
-            q_row, q_column = at_row + block // COLUMNS, at_column + block % COLUMNS
+            q_row = at_row + block_row
             q_inside = (q_row < high_row) & (q_column < high_column)
-            q_row, q_column = tl.minimum(q_row, rows - 1), tl.minimum(q_column, columns - 1)
-            q = _load(query, start + q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
-            q_pixels = _pixels(batch, q_row, q_column, residue_row, residue_column, height, width, dilation)
-            q_pixels = q_pixels * heads + head
-            q_grad_out = _load(grad_out, q_pixels * DIM, q_inside, DIM, BLOCK_DIM)
-            q_lse = tl.load(lse + q_pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
-            q_delta = tl.load(delta + q_pixels, mask=q_inside, other=0.0)
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [keys, queries]
-            seen = _in_window(k_row[:, None] - _window_start(q_row, rows, KERNEL)[None, :], KERNEL)
-            seen &= _in_window(k_column[:, None] - _window_start(q_column, columns, KERNEL)[None, :], KERNEL)
+            q = _load(query + at_row * row_step, block_offsets, q_inside, DIM, BLOCK_DIM)
+            pixel = first_pixel + at_row * pixel_row_step
+            q_grad_out = _load(grad_out + pixel * DIM, block_pixels * DIM, q_inside, DIM, BLOCK_DIM)
+            q_lse = tl.load(lse + pixel + block_pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
+            q_delta = tl.load(delta + pixel + block_pixels, mask=q_inside, other=0.0)
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + outside_columns  # [keys, queries]
+            q_row_start = _window_start(q_row, rows, KERNEL)
+            logits += _outside(k_row[:, None] - q_row_start[None, :], KERNEL)
             if HAS_RPB:
-                index = (k_row * SPAN + k_column)[:, None] - (q_row * SPAN + q_column)[None, :]
-                center = rpb + head * SPAN * SPAN + (KERNEL - 1) * (SPAN + 1)
-                logits += tl.load(center + index, mask=seen, other=0.0).to(tl.float32)
-            weights = tl.where(seen, tl.exp2(logits * LOG2E - q_lse[None, :]), 0.0)
+                keys = (k_row * SPAN + k_column)[:, None]
+                logits += _bias(table, keys, (q_row * SPAN + q_column)[None, :], KERNEL, BLOCK_TABLE)
+            weights = tl.exp2(logits * LOG2E - q_lse[None, :])
             v_result = tl.dot(weights.to(q.dtype), q_grad_out, v_result, input_precision=PRECISION)
             grad_weights = tl.dot(v, tl.trans(q_grad_out), input_precision=PRECISION)
             grad_logits = (weights * (grad_weights - q_delta[None, :])).to(q.dtype)
             k_result = tl.dot(grad_logits, q, k_result, input_precision=PRECISION)
 
-    pixels = _pixels(batch, k_row, k_column, residue_row, residue_column, height, width, dilation)
-    offsets = (pixels * 3 * heads + head) * DIM
-    _store(grad_key, offsets, k_inside, k_result * scale, DIM, BLOCK_DIM)
-    _store(grad_value, offsets, k_inside, v_result, DIM, BLOCK_DIM)
+    start = (first_pixel - head) * 3 * DIM + head * DIM
+    offsets = (k_row * pixel_row_step + k_column * pixel_column_step) * 3 * DIM
+    _store(grad_key + start, offsets, k_inside, k_result * scale, DIM, BLOCK_DIM)
+    _store(grad_value + start, offsets, k_inside, v_result, DIM, BLOCK_DIM)
