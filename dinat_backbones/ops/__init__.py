@@ -4,10 +4,15 @@ import types
 
 import torch
 
-from . import cpu, reference, tiled
+from . import cpu, reference, tiled, triton
 
 # In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 def neighborhood_attention_2d(
@@ -65,8 +70,8 @@ def neighborhood_attention_2d_qkvpacked(
         raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
     query, key, value = qkv.unbind(3)
     module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
-    if module is cpu:
-        return cpu.attention_qkvpacked(qkv, *settings)
+    if hasattr(module, "attention_qkvpacked"):
+        return module.attention_qkvpacked(qkv, *settings)
     return module.attention(query, key, value, *settings)
 
 

@@ -168,17 +168,30 @@ class _Call:
 def _kernels() -> ModuleType:
     from . import triton_kernels
 
-    if _interpreted:  # Triton 3.6 there turns an array of one element into an int, which NumPy 2.4 no longer does
-        from triton.runtime import interpreter
-
-        patch = interpreter._patch_lang_tensor
-
-        def patch_and_mend(tensor, scope):
-            patch(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        interpreter._patch_lang_tensor = patch_and_mend
+    if _interpreted:
+        _mend_interpreter()
     return triton_kernels
+
+
+def _mend_interpreter() -> None:
+    """Two things that Triton 3.6's interpreter lacks: NumPy 2.4 in range(), and bfloat16 in products."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def widened(handle):
+        if handle.dtype != tl.bfloat16:
+            return handle
+        bits = handle.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), tl.float32)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
 
 
 def _tf32() -> bool:

@@ -287,7 +287,7 @@ def query_gradient_kernel(
     for at_column in range(low_column, high_column, COLUMNS):
         if HAS_RPB:
             bin_column = (at_column + pair_columns % COLUMNS) - (first_column + pair_columns // COLUMNS) + KERNEL - 1
-            to_column = (bin_column[:, None] == bins[None, :]).to(q.dtype)
+            to_column = (bin_column[:, None] == bins[None, :]).to(tl.float32).to(q.dtype)
         k_column = at_column + block_column
         block_offsets = block_row * row_step + k_column * column_step
         outside_columns = _outside(k_column[None, :] - q_column_start[:, None], KERNEL)
