@@ -70,8 +70,10 @@ def neighborhood_attention_2d_qkvpacked(
         raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
     query, key, value = qkv.unbind(3)
     module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
-    if hasattr(module, "attention_qkvpacked"):
-        return module.attention_qkvpacked(qkv, *settings)
+    if module is cpu:
+        return cpu.attention_qkvpacked(qkv, *settings)
+    if module is triton:
+        return triton.attention_qkvpacked(qkv, *settings)
     return module.attention(query, key, value, *settings)
 
 

@@ -36,6 +36,12 @@ class Tiles(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
 
+    def constants(self) -> dict[str, int]:
+        return dict(TILE_ROWS=self.tile_rows, TILE_COLUMNS=self.tile_columns, ROWS=self.rows, COLUMNS=self.columns)
+
+    def options(self) -> dict[str, int]:
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
 
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
@@ -115,6 +121,24 @@ def attention_qkvpacked(qkv, rpb, kernel_size, dilation, scale) -> torch.Tensor:
     return torch.ops.dinat_backbones.na2d_triton([qkv], rpb, kernel_size, dilation, scale)[0]
 
 
+def constants(kernel_size: int, head_dim: int, has_rpb: bool = True, tf32: bool = False, wide: bool = False) -> dict:
+    """What all three kernels are compiled for, beside dtypes and `Tiles`."""
+    return dict(
+        KERNEL=kernel_size,
+        DIM=head_dim,
+        BLOCK_DIM=max(16, power_of_two(head_dim)),  # of a matrix product
+        HAS_RPB=has_rpb,
+        BLOCK_TABLE=power_of_two((2 * kernel_size - 1) ** 2),
+        PRECISION="tf32" if tf32 else "ieee",
+        WIDE=wide,
+    )
+
+
+def gradient_constants(kernel_size: int, atomic: bool) -> dict:
+    """What the kernel of the query's gradient is compiled for besides."""
+    return dict(ATOMIC=atomic, BLOCK_SPAN=max(16, power_of_two(2 * kernel_size - 1)))
+
+
 class _Call:
     """What the kernels of one direction have in common."""
 
@@ -129,15 +153,9 @@ class _Call:
         self.numbers = (*query.stride()[:4], self.height, self.width, self.heads, dilation, scale)
         self.classes = batch * self.heads * dilation**2
         self.tiles = dict(zip(KERNELS, tiles(kernel_size, self.dim, query.dtype), strict=True))
-        self.constants = dict(
-            KERNEL=kernel_size,
-            DIM=self.dim,
-            BLOCK_DIM=max(16, power_of_two(self.dim)),  # of a matrix product
-            HAS_RPB=rpb is not None,
-            BLOCK_TABLE=power_of_two((2 * kernel_size - 1) ** 2),
-            WIDE=self.height * max(query.stride(1), 3 * self.width * self.heads * self.dim) >= WIDE,
-            PRECISION="tf32" if query.dtype == torch.float32 and _tf32() else "ieee",
-        )
+        wide = self.height * max(query.stride(1), 3 * self.width * self.heads * self.dim) >= WIDE
+        tf32 = query.dtype == torch.float32 and _tf32()
+        self.constants = constants(kernel_size, self.dim, rpb is not None, tf32, wide)
 
     def programs(self, kernel: str) -> int:
         cut = self.tiles[kernel]
@@ -155,12 +173,8 @@ class _Call:
                 *self.numbers,
                 **self.constants,
                 **constants,
-                TILE_ROWS=cut.tile_rows,
-                TILE_COLUMNS=cut.tile_columns,
-                ROWS=cut.rows,
-                COLUMNS=cut.columns,
-                num_warps=cut.warps,
-                num_stages=cut.stages,
+                **cut.constants(),
+                **cut.options(),
             )
 
 
@@ -252,8 +266,7 @@ def _backward(grad_out, out, lse, qkv, rpb, kernel_size, dilation, scale):
     call.launch(
         "query_gradient",
         *(*call.inputs, out, lse, grad_out, grad_query, tables, delta),
-        ATOMIC=atomic,
-        BLOCK_SPAN=max(16, power_of_two(span)),
+        **gradient_constants(kernel_size, atomic),
     )
     call.launch("key_gradient", *(*call.inputs, lse, grad_out, delta, grad_key, grad_value))
     return grad_qkv, grad_rpb if rpb is None else tables.sum(0).to(grad_rpb.dtype)
