@@ -86,7 +86,10 @@ def compile_kernel(
         ptx.write_text(compiled.asm["ptx"])
         target = re.search(r"\.target (sm_\w+)", ptx.read_text())[1]
         usage = subprocess.run(
-            [programs / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", cubin], capture_output=True, text=True, check=True
+            [programs / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", cubin],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stderr
         code = subprocess.run([programs / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", usage))
@@ -118,7 +121,8 @@ def print_reports(arguments: argparse.Namespace) -> None:
         for kernel, tiles in zip(op.KERNELS, op.tiles(arguments.kernel_size, arguments.head_dim, dtype), strict=True):
             report = compile_kernel(kernel, tiles, arguments.kernel_size, arguments.head_dim, dtype, arch)
             print(
-                f"{kernel:15s} sm_{arch} {tiles.tile_rows:2d}x{tiles.tile_columns:<2d}  {tiles.rows:2d}x{tiles.columns:<2d}"
+                f"{kernel:15s} sm_{arch} {tiles.tile_rows:2d}x{tiles.tile_columns:<2d} "
+                f" {tiles.rows:2d}x{tiles.columns:<2d}"
                 f"  {tiles.warps:5d} {tiles.stages:6d}  {report.registers:9d}  {report.spilled:7d}  {report.shared:6d}"
                 f"  {report.instructions:9.1f}  {report.programs:11d}",
                 flush=True,

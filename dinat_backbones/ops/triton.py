@@ -286,9 +286,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_lse):
         rpb, out, lse, *qkv = ctx.saved_tensors
-        grad_qkv, grad_rpb = torch.ops.dinat_backbones.na2d_triton_backward(
-            grad_out, out, lse, qkv, rpb, *ctx.settings
-        )
+        grad_qkv, grad_rpb = torch.ops.dinat_backbones.na2d_triton_backward(grad_out, out, lse, qkv, rpb, *ctx.settings)
         grads = (grad_qkv,) if len(qkv) == 1 else grad_qkv.unbind(3)
         return None if rpb is None else grad_rpb, None, None, None, *grads
 
