@@ -4,10 +4,15 @@ import types
 
 import torch
 
-from . import cpu, reference, tiled
+from . import cpu, reference, tiled, triton
 
 # In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 def neighborhood_attention_2d(
@@ -67,6 +72,8 @@ def neighborhood_attention_2d_qkvpacked(
     module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
     if module is cpu:
         return cpu.attention_qkvpacked(qkv, *settings)
+    if module is triton:
+        return triton.attention_qkvpacked(qkv, *settings)
     return module.attention(query, key, value, *settings)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
-from . import cpu  # noqa: F401  # defines the op
+from . import cpu, triton  # noqa: F401  # define the ops
 
 
 def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bias: bool = True) -> int:
@@ -27,7 +27,8 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
     return tokens * heads * kernel_size**2 * (2 * head_dim + bias)
 
 
-@register_flop_formula(torch.ops.dinat_backbones.na2d)  # for everyone who uses torch's counter
+# for everyone who uses torch's counter
+@register_flop_formula([torch.ops.dinat_backbones.na2d, torch.ops.dinat_backbones.na2d_triton])
 def _na2d(qkv, rpb, kernel_size, *args, **kwargs) -> int:
     batch, height, width, *_, heads, head_dim = qkv[0]  # query, or all three in one
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)

@@ -1,0 +1,117 @@
+"""The Triton op: in the interpreter, on a GPU if there is one, and compiled for two without one."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinat_backbones import neighborhood_attention_2d
+from dinat_backbones.ops import triton
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tools"))  # which is no package
+tool = importlib.import_module("triton_kernels")
+
+needs_triton = pytest.mark.skipif(bool(triton._missing), reason=triton._missing)
+
+
+def run_on_device(**environment):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "triton_on_device.py"), "-p", "no:cacheprovider"]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+@needs_triton
+def test_in_the_interpreter():
+    """64 shapes and more, forward and all gradients, on the CPU."""
+    run_on_device(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; the interpreter ran the same tests")
+def test_on_a_gpu():
+    run_on_device(TRITON_INTERPRET="0")
+
+
+# ---- compiled without a GPU
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", triton.KERNELS)
+@pytest.mark.parametrize(
+    "kernel_size, head_dim, dtype", [(7, 32, torch.bfloat16), (11, 32, torch.float16), (13, 64, torch.bfloat16)]
+)
+def test_compiles_within_limits(kernel, arch, kernel_size, head_dim, dtype):
+    """For A100 and H100: at least two programs per multiprocessor, next to nothing spilled."""
+    cut = triton.tiles(kernel_size, head_dim, dtype)[triton.KERNELS.index(kernel)]
+    report = tool.compile_kernel(kernel, cut, kernel_size, head_dim, dtype, arch)
+    assert report.shared <= 99 * 1024, report  # of sm_86 and sm_89, the least of all
+    assert report.programs >= 2, report
+    assert report.spilled <= 256, report
+    assert 10 < report.instructions < 60, report
+
+
+@needs_triton
+def test_largest_case_fits():
+    """Head dimension 128 in float32 on sm_86, whose programs have 99 KiB of shared memory."""
+    for kernel, cut in zip(triton.KERNELS, triton.tiles(13, 128, torch.float32), strict=True):
+        report = tool.compile_kernel(kernel, cut, 13, 128, torch.float32, 86)
+        assert report.shared <= 99 * 1024, report
+
+
+@pytest.mark.parametrize("kernel_size", range(3, 33, 2))
+@pytest.mark.parametrize("head_dim", [1, 16, 20, 32, 64, 100, 128])
+@pytest.mark.parametrize("dtype", triton.DTYPES)
+def test_tiles_are_powers_of_two(kernel_size, head_dim, dtype):
+    for cut in triton.tiles(kernel_size, head_dim, dtype):
+        assert all(number & (number - 1) == 0 and number > 0 for number in cut[:4])
+        assert cut.tile_rows * cut.tile_columns == 64 and cut.rows * cut.columns >= 16
+
+
+# ---- what is not supported
+
+
+def reasons(device="cpu", dtype=torch.float32, dim=32):
+    query = torch.zeros(1, 9, 9, 1, dim, dtype=dtype, device=device)
+    return triton.unsupported(query, query, query, None, 7, 1, 1.0)
+
+
+def test_reasons_in_words(monkeypatch):
+    monkeypatch.setattr(triton, "_missing", "")
+    monkeypatch.setattr(triton, "_interpreted", False)
+    assert reasons() == ["the tensors are on cpu, the kernel runs on cuda"]
+    assert "head_dim=256 is more than 128" in reasons(dim=256)
+    assert any("dtype torch.float64 is not one of torch.float16" in reason for reason in reasons(dtype=torch.float64))
+    monkeypatch.setattr(triton, "_interpreted", True)
+    assert reasons() == []
+
+
+def test_missing_triton_is_explained(monkeypatch):
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    missing = triton._missing_triton()
+    assert "Triton is not installed: pip install triton" in missing
+    monkeypatch.setattr(triton, "_missing", missing)
+    query = torch.zeros(1, 9, 9, 1, 32)
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton is not installed"):
+        neighborhood_attention_2d(query, query, query, kernel_size=7, impl="triton")
+
+
+def test_old_triton_is_explained(monkeypatch):
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "2.3.1")
+    assert triton._missing_triton() == "Triton 2.3.1 is too old; 3.2 or newer is needed"
+
+
+@needs_triton
+def test_tuner_runs_to_its_end_in_the_interpreter():
+    command = [sys.executable, HERE.parent / "tools/triton_kernels.py", "tune", "--quick", "--kernel-size", "3"]
+    command += ["--head-dim", "16", "--dtype", "float32"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert "(3, 16, torch.float32): (Tiles(" in out.splitlines()[-1]

@@ -1,0 +1,290 @@
+"""The Triton op on a CUDA GPU, or with TRITON_INTERPRET=1 in Triton's interpreter on a CPU.
+
+test_triton.py runs this file in processes of its own, because Triton reads that switch when kernels are defined.
+"""
+
+import functools
+import os
+import random
+
+import pytest
+import torch
+from test_ops import draw, poison, run, to_dtype, worst  # noqa: F401  # poison is a fixture
+
+from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
+from dinat_backbones.ops import triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+BARS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_patches():
+    """The interpreter patches the language at every call of a helper; once per kernel and module is enough.
+
+    And it looks for integer overflow at every step, which takes a third of its time.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched = set()
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_afresh(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_afresh)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        options = interpreter.InterpreterOptions(sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
+        yield
+
+
+def moved(values):
+    """To the device, strides kept: views of one storage stay views of one storage."""
+    if DEVICE == "cpu":
+        return values
+    storages = {}
+
+    def move(tensor):
+        if tensor is None:
+            return None
+        whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        whole = storages.setdefault(tensor.untyped_storage().data_ptr(), whole.to(DEVICE))
+        return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    return [move(value) for value in values]
+
+
+def classes_of(height, width, dilation, seed):
+    """Which residue classes to go through, as numbers row * dilation + column, and a mask [H, W] of their positions."""
+    count = dilation**2
+    chosen = list(range(count))
+    if INTERPRETED and count > 3:  # it takes a tenth of a second for each tile
+        chosen = sorted({0, count - 1, random.Random(seed).randrange(count)})
+    row, column = torch.arange(height)[:, None] % dilation, torch.arange(width) % dilation
+    return chosen, torch.isin(row * dilation + column, torch.tensor(chosen))
+
+
+@pytest.fixture
+def only_classes(monkeypatch):
+    """Let the interpreter run the programs of some residue classes alone: a dilation of 28 has 784 of them."""
+
+    def restrict(batch, dilation, chosen):
+        if len(chosen) == dilation**2:
+            return
+        from triton.runtime import interpreter
+
+        def programs(*bounds):
+            if len(bounds) > 1 or bounds[0] == 1:
+                return range(*bounds)
+            each = bounds[0] // (batch * dilation**2)
+            return [
+                (image * dilation**2 + index) * each + at
+                for image in range(batch)
+                for index in chosen
+                for at in range(each)
+            ]
+
+        monkeypatch.setattr(interpreter, "range", programs, raising=False)
+
+    return restrict
+
+
+def sample(index):
+    """Shape number `index`: kernels of 3 to 15, dilations of 1 to 28, classes of length K and more, of unequal length."""
+    rng = random.Random(index)
+    kernel_size = rng.choice([3, 3, 5, 5, 7, 7, 7, 9, 11, 13]) if index % 20 else 15
+    dilation = rng.choice([1, 1, 2, 3, 4, rng.randint(5, 28), 28])
+    height, width = (
+        (kernel_size + rng.choice([0, 0, 0, 1, 2, rng.randint(3, 9)])) * dilation
+        + rng.choice([0, 0, rng.randrange(dilation)])
+        for _ in range(2)
+    )
+    return dict(
+        shape=(
+            rng.choice([1, 1, 1, 2]),
+            height,
+            width,
+            rng.choice([1, 1, 2]),
+            rng.choice([8, 16, 20, 32, 32, 48, 64, 128]),
+        ),
+        kernel_size=kernel_size,
+        dilation=dilation,
+        rpb=rng.random() < 0.85,
+        fused=rng.random() < 0.5,
+        scale=rng.choice([None, None, 0.3]),
+        dtype=rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    )
+
+
+@pytest.mark.parametrize("index", range(64))
+def test_random_shapes(index, only_classes):
+    """Output and all gradients against the specification in float64, of the classes that were run."""
+    case = sample(index)
+    (batch, height, width, *_), dilation, dtype = case["shape"], case["dilation"], case["dtype"]
+    settings = {name: case[name] for name in ("kernel_size", "dilation", "scale")}
+    drawn = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index, dtype=dtype)
+    tensors, rpb, grad_out = drawn
+    chosen, mask = classes_of(height, width, dilation, index)
+    grad_out = grad_out * mask[:, :, None, None]
+    truth = run(*[[t.double() for t in tensors], None if rpb is None else rpb.double(), grad_out.double()],
+                impl="reference", **settings)  # fmt: skip
+
+    only_classes(batch, dilation, chosen)
+    # deterministic sums have one table per program, of which those that were not run stay poisoned
+    torch.use_deterministic_algorithms(len(chosen) == dilation**2 and index % 2 == 0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    *moved_tensors, table, grad = moved([*tensors, rpb, grad_out])
+    got = run(moved_tensors, table, grad, impl="triton", **settings)
+    for number, (ours, expected) in enumerate(zip(got, truth, strict=True)):
+        ours = ours.cpu().double()
+        if number < 4:
+            ours, expected = ours[:, mask], expected[:, mask]
+        error, size = (ours - expected).abs().max().item(), expected.abs().max().item()
+        assert error <= BARS[dtype] * max(1.0, size), (number, error, size, case)
+
+
+def test_shapes_are_many_and_odd():
+    cases = [sample(index) for index in range(64)]
+    exact = [c for c in cases if c["kernel_size"] * c["dilation"] in c["shape"][1:3]]
+    assert len({str(c) for c in cases}) == 64 and len(exact) >= 20
+    assert {c["kernel_size"] for c in cases} >= {3, 5, 7, 9, 11, 13, 15} and max(c["dilation"] for c in cases) == 28
+    assert {c["dtype"] for c in cases} == set(BARS) and {c["rpb"] for c in cases} == {True, False}
+
+
+@functools.cache
+def small(dtype=torch.float32):
+    tensors, rpb, grad_out = draw(1, 7, 9, 2, 16, 5, dtype=dtype, fused=True)
+    truth = run([t.double() for t in tensors], rpb.double(), grad_out.double(), impl="reference", kernel_size=5)
+    return moved([*tensors, rpb, grad_out]), truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_equals_apart(dtype):
+    (query, key, value, rpb, grad_out), _ = small(dtype)
+    settings = dict(kernel_size=5, impl="triton")
+    out, *grads, grad_rpb = run([query, key, value], rpb, grad_out, **settings)
+    inputs = [torch.stack([query, key, value], 3).requires_grad_(), rpb.requires_grad_()]
+    packed = neighborhood_attention_2d_qkvpacked(*inputs, **settings)
+    grad_qkv, packed_grad_rpb = torch.autograd.grad(packed, inputs, grad_out)
+    assert worst([packed, *grad_qkv.unbind(3), packed_grad_rpb], [out, *grads, grad_rpb]) == 0
+
+
+def test_views_of_qkv_are_not_copied():
+    (query, key, value, rpb, _), _ = small()
+    assert not query.is_contiguous()
+    call = triton._Call([query, key, value], rpb, 5, 1, 0.25)
+    assert [t.data_ptr() for t in call.inputs[:3]] == [t.data_ptr() for t in (query, key, value)]
+
+
+@pytest.mark.parametrize("layout", ["heads first", "dims first", "unlike each other"])
+def test_other_strides(layout):
+    (query, key, value, rpb, grad_out), truth = small()
+    tensors = [query, key, value]
+    if layout == "heads first":
+        tensors = [t.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4) for t in tensors]
+    elif layout == "dims first":
+        tensors = [t.permute(0, 4, 1, 2, 3).contiguous().permute(0, 2, 3, 4, 1) for t in tensors]
+    else:
+        tensors[1] = key.contiguous()
+    got = run(tensors, rpb, grad_out, kernel_size=5, impl="triton")
+    assert worst([t.cpu() for t in got], truth) < 1e-4
+
+
+def test_gradient_of_a_sum_and_without_rpb_gradient():
+    (query, key, value, rpb, _), _ = small()
+    results = []
+    for impl in ("reference", "triton"):
+        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        out = neighborhood_attention_2d(*inputs, rpb.detach(), kernel_size=5, impl=impl)
+        results.append(torch.autograd.grad(out.sum(), inputs))  # strides of zero
+    assert worst(*results) < 1e-5
+
+
+def test_deterministic_sums_repeat_and_equal_atomic_ones():
+    (query, key, value, rpb, grad_out), truth = small()
+    got = []
+    for deterministic in (True, True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        got.append(run([query, key, value], rpb, grad_out, kernel_size=5, impl="triton")[-1].cpu())
+    assert torch.equal(got[0], got[1])
+    assert worst(got[1:], [truth[-1]] * 2) < 1e-4
+
+
+def test_offsets_of_64_bit(monkeypatch):
+    """An image whose rows are far more than 2 ** 31 elements apart; pages nobody touches take no memory."""
+    height, width, apart = 6, 7, 1 << 29
+    if not INTERPRETED:
+        pytest.skip("takes 12 GiB of addresses, which a CPU has for nothing and a GPU has not")
+    tensors, rpb, grad_out = draw(1, height, width, 1, 16, 3, dtype=torch.float32, seed=3)
+    truth = run(*to_dtype_all(tensors, rpb, grad_out), kernel_size=3, dilation=2, impl="reference")
+    from triton.runtime import interpreter
+
+    options = interpreter.InterpreterOptions(sanitize_overflow=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    try:
+        memory = torch.empty(height * apart)
+    except RuntimeError as error:
+        pytest.skip(f"this machine does not hand out 12 GiB of addresses: {error}")
+    qkv = memory.as_strided((1, height, width, 3, 1, 16), (height * apart, apart, 48, 16, 16, 1))
+    for at, tensor in enumerate(tensors):
+        qkv[:, :, :, at] = tensor
+    got = neighborhood_attention_2d_qkvpacked(qkv, rpb, kernel_size=3, dilation=2, impl="triton")
+    assert worst([got], truth[:1]) < 1e-5
+    monkeypatch.setattr(triton, "WIDE", 0)
+    assert worst(run(tensors, rpb, grad_out, kernel_size=3, dilation=2, impl="triton"), truth) < 1e-4
+
+
+def to_dtype_all(tensors, rpb, grad_out):
+    return to_dtype(tensors, torch.float64), rpb.double(), grad_out.double()
+
+
+def test_several_tiles_and_blocks(monkeypatch):
+    """Another cut of the same problem: many blocks of columns, tiles of unequal sides."""
+    (query, key, value, rpb, grad_out), truth = small()
+    cuts = (triton.Tiles(4, 8, 2, 8, 4, 1), triton.Tiles(8, 4, 4, 4, 4, 1), triton.Tiles(4, 8, 1, 16, 4, 1))
+    monkeypatch.setitem(triton.TUNED, (5, 16, torch.float32), cuts)
+    got = run([query, key, value], rpb, grad_out, kernel_size=5, impl="triton")
+    assert worst([t.cpu() for t in got], truth) < 1e-4
+
+
+def test_empty_batch():
+    tensors, rpb, grad_out = draw(0, 9, 9, 1, 16, 7, dtype=torch.float32)
+    *tensors, rpb, grad_out = moved([*tensors, rpb, grad_out])
+    out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, impl="triton")
+    assert out.shape == (0, 9, 9, 1, 16) and not grad_rpb.any()
+
+
+def test_registration():
+    tensors, rpb, _ = draw(1, 7, 8, 1, 16, 7, dtype=torch.float32)
+    *tensors, rpb = moved([*tensors, rpb])
+    packed = torch.stack(tensors, 3).requires_grad_()
+    for qkv in ([packed], [t.requires_grad_() for t in tensors]):
+        torch.library.opcheck(torch.ops.dinat_backbones.na2d_triton, (qkv, rpb.requires_grad_(), 7, 1, 0.25))
+
+
+def test_compile_fullgraph():
+    (query, key, value, rpb, grad_out), _ = small()
+
+    def attend(query, key, value, table):
+        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=5, impl="triton")
+
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        inputs = [t.detach().requires_grad_() for t in (query, key, value, rpb)]
+        out = function(*inputs)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad_out)])
+    assert worst(*results) < 1e-5
