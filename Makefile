@@ -30,7 +30,7 @@ test-modern: setup
 # The shapes dataset, zoo and benchmark need no second stack.
 test-classic: setup-classic
 	@echo "== classic stack"
-	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
+	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_natten.py tests/test_attention.py tests/test_backbone.py \
 		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py
 
 lint: setup

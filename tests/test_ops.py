@@ -11,7 +11,7 @@ from conftest import GOLDEN, load_golden
 from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 from dinat_backbones.ops import IMPLEMENTATIONS, cpu, reference
 
-NAMES = list(IMPLEMENTATIONS)
+NAMES = [name for name in IMPLEMENTATIONS if name not in ("natten", "triton")]  # which have files of their own
 OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
 
 

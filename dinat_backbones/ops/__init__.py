@@ -4,10 +4,15 @@ import types
 
 import torch
 
-from . import cpu, reference, tiled
+from . import cpu, natten, reference, tiled
 
 # In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {"cpu": cpu, "tiled": tiled, "reference": reference}
+IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+    "cpu": cpu,
+    "natten": natten,
+    "tiled": tiled,
+    "reference": reference,
+}
 
 
 def neighborhood_attention_2d(
@@ -75,8 +80,9 @@ def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple
     check(query, key, value, rpb, kernel_size, dilation)
     settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
     if impl is None:
-        fits = (module for module in IMPLEMENTATIONS.values() if not module.unsupported(query, key, value, *settings))
-        return next(fits), settings
+        # On a CPU `tiled` is faster than any natten; nobody should pay for its import there
+        candidates = (m for m in IMPLEMENTATIONS.values() if m is not natten or query.is_cuda)
+        return next(m for m in candidates if not m.unsupported(query, key, value, *settings)), settings
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
     reasons = IMPLEMENTATIONS[impl].unsupported(query, key, value, *settings)
