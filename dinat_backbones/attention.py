@@ -2,9 +2,19 @@
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from .ops import check, neighborhood_attention_2d_qkvpacked, reference
+
+_SIZES_MAY_BE_OPEN = hasattr(torch.compiler, "is_exporting")  # the compilers before torch 2.7 cannot ask
+
+
+def _may_be_positive(padding: int) -> bool:
+    """Where a compiler leaves sizes open the answer is yes, so that one graph serves the sizes on both sides."""
+    if _SIZES_MAY_BE_OPEN and torch.compiler.is_compiling():
+        return not statically_known_true(padding == 0)
+    return padding > 0
 
 
 class NeighborhoodAttention2D(nn.Module):
@@ -78,8 +88,9 @@ class NeighborhoodAttention2D(nn.Module):
         """
         batch, height, width, dim = x.shape
         reach = self.kernel_size * self.dilation
-        bottom, right = max(0, reach - height), max(0, reach - width)
-        if bottom or right:
+        bottom, right = torch.sym_max(0, reach - height), torch.sym_max(0, reach - width)
+        padded = _may_be_positive(bottom) or _may_be_positive(right)
+        if padded:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
         attention = None
@@ -94,7 +105,7 @@ class NeighborhoodAttention2D(nn.Module):
                 scale=self.scale,
                 impl=self.impl,
             )
-        if bottom or right:
+        if padded:
             x = x[:, :height, :width]
             attention = None if attention is None else attention[:, :height, :width]
         x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
