@@ -1,5 +1,5 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
-.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former test test-modern test-classic lint bench bench-classic clean
+.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former test test-modern test-classic lint bench bench-classic bench-gpu clean
 
 PYTEST = -m pytest -q
 
@@ -43,6 +43,9 @@ bench: setup
 
 bench-classic: setup-classic
 	.venv-classic/bin/python tools/benchmark.py all --out work_dirs/benchmark-classic.json
+
+bench-gpu: setup
+	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
 
 clean:
 	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/_na2d.so

@@ -2,19 +2,9 @@
 
 import torch
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from .ops import check, neighborhood_attention_2d_qkvpacked, reference
-
-_SIZES_MAY_BE_OPEN = hasattr(torch.compiler, "is_exporting")  # the compilers before torch 2.7 cannot ask
-
-
-def _may_be_positive(padding: int) -> bool:
-    """Where a compiler leaves sizes open the answer is yes, so that one graph serves the sizes on both sides."""
-    if _SIZES_MAY_BE_OPEN and torch.compiler.is_compiling():
-        return not statically_known_true(padding == 0)
-    return padding > 0
+from .ops import check, exportable, neighborhood_attention_2d_qkvpacked, reference
 
 
 class NeighborhoodAttention2D(nn.Module):
@@ -86,10 +76,13 @@ class NeighborhoodAttention2D(nn.Module):
         With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
         columns) in float32, computed in plain PyTorch.
         """
-        batch, height, width, dim = x.shape
+        _, height, width, _ = x.shape
         reach = self.kernel_size * self.dilation
-        bottom, right = torch.sym_max(0, reach - height), torch.sym_max(0, reach - width)
-        padded = _may_be_positive(bottom) or _may_be_positive(right)
+        if exportable.exporting():
+            bottom, right = exportable.padding(height, reach), exportable.padding(width, reach)
+        else:
+            bottom, right = max(0, reach - height), max(0, reach - width)
+        padded = any(isinstance(side, torch.SymInt) or side > 0 for side in (bottom, right))
         if padded:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
@@ -105,10 +98,13 @@ class NeighborhoodAttention2D(nn.Module):
                 scale=self.scale,
                 impl=self.impl,
             )
-        if padded:
+        if padded and exportable.exporting():
+            x = exportable.crop(x, height, width)
+        elif padded:
             x = x[:, :height, :width]
-            attention = None if attention is None else attention[:, :height, :width]
-        x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
+        if attention is not None:
+            attention = attention[:, :height, :width]
+        x = self.proj_drop(self.proj(x.flatten(-2)))
         return (x, attention) if return_attention else x
 
     def _attend_with_weights(self, qkv):

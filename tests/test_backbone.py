@@ -210,6 +210,30 @@ def test_compile_fullgraph():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", [DiNAT, DiNAT_s])
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_compile_once_for_several_sizes(family, with_cp):
+    """dynamic=True: at most one recompilation in three image sizes; outputs and gradients as in eager mode."""
+    testing = pytest.importorskip("torch._dynamo.testing")
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip(f"torch {torch.__version__} compiles per size: its dynamic shapes are younger")
+    torch.compiler.reset()
+    small = SMALL | dict(depths=[1, 1], dilations=[[3], [2]], drop_path_rate=0.0)
+    model = fill_by_name(family(**small, with_cp=with_cp)).train()
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for height, width in ((97, 131), (128, 160), (193, 122)):
+        x = torch.randn(2, 3, height, width)
+        results = []
+        for network in (compiled, model):
+            outs = network(x)
+            gradients = torch.autograd.grad(sum(out.square().mean() for out in outs), tuple(model.parameters()))
+            results.append([*outs, *gradients])
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count <= 2
+
+
 def test_bfloat16_autocast():
     model, x = fill_by_name(DiNAT(**SMALL, dilations=[[4], [1, 2]])).train(), torch.randn(2, 3, 64, 65)
     with torch.autocast("cpu", torch.bfloat16):

@@ -80,7 +80,7 @@ def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple
     """The implementation that runs this call, and what it wants to know besides query, key and value."""
     check(query, key, value, rpb, kernel_size, dilation)
     settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
-    if impl is None and _exporting():
+    if impl is None and exportable.exporting():
         return exportable, settings
     if impl is None:
         # On a CPU `tiled` is faster than any natten; nobody should pay for its import there
@@ -92,11 +92,6 @@ def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple
     if reasons:
         raise RuntimeError(f"impl={impl!r} cannot run this call: {'; '.join(reasons)}")
     return IMPLEMENTATIONS[impl], settings
-
-
-def _exporting() -> bool:
-    """Whether torch.export or torch.onnx is at work, whose graphs should hold standard operations only."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def check(query, key, value, rpb, kernel_size, dilation) -> None:

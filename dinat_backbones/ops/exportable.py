@@ -4,6 +4,10 @@ The same tiles as `tiled`, all at once: along each axis the queries of a residue
 attends densely to the keys its windows touch. Every gather runs along one axis with a small index, which is arithmetic
 on the map's height and width: a constant where these are fixed, part of the graph where they are not. The logits of the
 whole map, about four times ``K * K`` per query, are in memory at once.
+
+Sizes that are open at export time never decide anything here, and each one that is more than a sum gets a name of its
+own (`opened`): torch would spend minutes on simplifying ceilings of ceilings. Quotients are of positive numbers, since
+those of ONNX round towards zero and Python's down.
 """
 
 import math
@@ -20,6 +24,35 @@ def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[st
     return []
 
 
+def exporting() -> bool:
+    """Whether torch.export is at work (alone or for ONNX), whose graphs should hold standard operations only."""
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def opened(size: int, least: int) -> int:
+    """A number known only when the graph runs, as a new unknown of at least `least`; any other as it is."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    unknown = torch.scalar_tensor(size, dtype=torch.int64).item()
+    torch._check(unknown >= least)
+    return unknown
+
+
+def padding(length: int, reach: int) -> int:
+    """Positions to add to one axis for a window of `reach`, without a branch on an open length."""
+    if not isinstance(length, torch.SymInt):
+        return max(0, reach - length)
+    padded = opened(torch.sym_max(length, reach), reach)
+    torch._check(padded >= length)
+    return padded - length
+
+
+def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The upper left corner of ``[B, H, W, ...]``, in exactly this size."""
+    rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    return x.index_select(1, rows).index_select(2, columns)
+
+
 class _Axis(NamedTuple):
     """How one axis is cut into `tiles` of `size` queries and `reach` keys; int64 tensors, flattened."""
 
@@ -33,10 +66,10 @@ class _Axis(NamedTuple):
 
 
 def _cut(length: int, kernel_size: int, dilation: int, device: torch.device) -> _Axis:
-    longest = -(-length // dilation)
-    per_class = -(-longest // TILE)
-    size = -(-longest // per_class)
-    reach = torch.sym_min(size + kernel_size - 1, longest)
+    longest = opened((length + dilation - 1) // dilation, kernel_size)
+    per_class = opened((longest + TILE - 1) // TILE, 1)
+    size = opened((longest + per_class - 1) // per_class, 2)
+    reach = opened(torch.sym_min(size + kernel_size - 1, longest), kernel_size)
     residue = torch.arange(dilation, device=device)[:, None, None]
     ends = (length - residue + dilation - 1) // dilation  # length of each class
     first = torch.arange(per_class, device=device)[:, None] * size  # [per class, 1]
@@ -83,7 +116,9 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
     value = tiles(value, rows.keys, columns.keys, rows.reach, columns.reach)
     logits = (query @ key.transpose(-1, -2)).to(accumulate) + _bias(rpb, rows, columns, kernel_size, heads, accumulate)
     out = logits.softmax(-1).to(value.dtype) @ value
-    out = out.reshape(batch, rows.tiles, columns.tiles, heads, rows.size, columns.size, dim).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(batch, rows.tiles, columns.tiles, heads, rows.size, columns.size, dim).permute(
+        0, 1, 4, 2, 5, 3, 6
+    )
     out = out.reshape(batch, rows.tiles * rows.size, columns.tiles * columns.size, heads, dim)
     return out.index_select(1, rows.slots).index_select(2, columns.slots)
 
