@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, fill_by_name, load_golden
+from conftest import EVERYWHERE, GOLDEN, fill_by_name, load_golden
 
 import dinat_backbones
 from dinat_backbones import NAT, DiNAT, DiNAT_s, backbone, zoo
-from dinat_backbones.ops import IMPLEMENTATIONS
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
 NETS = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -23,7 +22,7 @@ def golden_input(meta):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_golden(name, impl):
     """Features, loss and gradients of the original code with natten 0.14.6, padded stages included."""
     meta, arrays = load_golden(name)
