@@ -1,5 +1,6 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
-.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-modern test-classic lint bench bench-classic clean
+.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-modern test-classic \
+	lint bench bench-classic bench-gpu clean
 
 PYTEST = -m pytest -q
 
@@ -33,7 +34,7 @@ test-modern: setup
 # The shapes dataset, zoo and benchmark need no second stack.
 test-classic: setup-classic
 	@echo "== classic stack"
-	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_attention.py tests/test_backbone.py \
+	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_natten.py tests/test_attention.py tests/test_backbone.py \
 		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py tests/test_classifier.py \
 		tests/test_validate.py tests/test_mmpretrain.py tests/test_convert.py tests/test_flops.py \
 		tests/test_detectron2.py tests/test_mask2former.py tests/test_mask2former_checkpoints.py \
@@ -49,6 +50,9 @@ bench: setup
 
 bench-classic: setup-classic
 	.venv-classic/bin/python tools/benchmark.py all --out work_dirs/benchmark-classic.json
+
+bench-gpu: setup
+	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
 
 clean:
 	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/_na2d.so

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .ops import check, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, reference
+from .ops import check, exportable, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, reference
 
 
 class _Attention2D(nn.Module):
@@ -106,10 +106,14 @@ class NeighborhoodAttention2D(_Attention2D):
         With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
         columns) in float32, computed in plain PyTorch.
         """
-        batch, height, width, dim = x.shape
+        _, height, width, _ = x.shape
         reach = self.kernel_size * self.dilation
-        bottom, right = max(0, reach - height), max(0, reach - width)
-        if bottom or right:
+        if exportable.exporting():
+            bottom, right = exportable.padding(height, reach), exportable.padding(width, reach)
+        else:
+            bottom, right = max(0, reach - height), max(0, reach - width)
+        padded = any(isinstance(side, torch.SymInt) or side > 0 for side in (bottom, right))
+        if padded:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         qkv = self._project(x)
         attention = None
@@ -123,10 +127,13 @@ class NeighborhoodAttention2D(_Attention2D):
                 x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, **settings)
             else:
                 x = neighborhood_attention_2d(*qkv, rpb=self.rpb, **settings)
-        if bottom or right:
+        if padded and exportable.exporting():
+            x = exportable.crop(x, height, width)
+        elif padded:
             x = x[:, :height, :width]
-            attention = None if attention is None else attention[:, :height, :width]
-        x = self.proj_drop(self.proj(x.reshape(batch, height, width, dim)))
+        if attention is not None:
+            attention = attention[:, :height, :width]
+        x = self.proj_drop(self.proj(x.flatten(-2)))
         return (x, attention) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,6 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dinat_backbones.ops import IMPLEMENTATIONS
+
+# The implementations that run any call on any machine; the others have files of their own.
+EVERYWHERE = [name for name in IMPLEMENTATIONS if name not in ("natten", "triton")]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
 

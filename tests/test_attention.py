@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from conftest import EVERYWHERE
 from torch.nn import functional as F
 
 from dinat_backbones import NeighborhoodAttention2D
-from dinat_backbones.ops import IMPLEMENTATIONS, reference
+from dinat_backbones.ops import reference
 
 
 def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
@@ -17,7 +18,7 @@ def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
     return attention
 
 
-@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", EVERYWHERE)
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 30), (13, 14), (14, 13), (14, 14), (20, 9)])
 def test_small_maps_attend_to_the_padding(height, width, impl):
     """Written out: padded keys and values are the bias of qkv; the golden networks hold the same numbers."""

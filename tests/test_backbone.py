@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, fill_by_name, load_golden
+from conftest import EVERYWHERE, GOLDEN, fill_by_name, load_golden
 
 import dinat_backbones
 from dinat_backbones import NAT, DiNAT, DiNAT_s, backbone, zoo
-from dinat_backbones.ops import IMPLEMENTATIONS
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
 NETS = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -23,7 +22,7 @@ def golden_input(meta):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("impl", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", EVERYWHERE)
 def test_golden(name, impl):
     """Features, loss and gradients of the original code with natten 0.14.6, padded stages included."""
     meta, arrays = load_golden(name)
@@ -208,6 +207,30 @@ def test_compile_fullgraph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x), model(x), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [DiNAT, DiNAT_s])
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_compile_once_for_several_sizes(family, with_cp):
+    """dynamic=True: at most one recompilation in three image sizes; outputs and gradients as in eager mode."""
+    testing = pytest.importorskip("torch._dynamo.testing")
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip(f"torch {torch.__version__} compiles per size: its dynamic shapes are younger")
+    torch.compiler.reset()
+    small = SMALL | dict(depths=[1, 1], dilations=[[3], [2]], drop_path_rate=0.0)
+    model = fill_by_name(family(**small, with_cp=with_cp)).train()
+    counter = testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for height, width in ((97, 131), (128, 160), (193, 122)):
+        x = torch.randn(2, 3, height, width)
+        results = []
+        for network in (compiled, model):
+            outs = network(x)
+            gradients = torch.autograd.grad(sum(out.square().mean() for out in outs), tuple(model.parameters()))
+            results.append([*outs, *gradients])
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count <= 2
 
 
 def test_bfloat16_autocast():

@@ -56,7 +56,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_missing_natten_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "natten2dav", None)
+    monkeypatch.setattr(benchmark.rivals, "natten2dav", None)
     run(tmp_path / "report.json", "op")
     notes = [row["note"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
     assert sum("make bench-classic" in note for note in notes) == 4 and "make bench-classic" in capsys.readouterr().out

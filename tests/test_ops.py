@@ -6,12 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, load_golden
+from conftest import EVERYWHERE, GOLDEN, load_golden
 
 from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
-from dinat_backbones.ops import IMPLEMENTATIONS, cpu, reference
+from dinat_backbones.ops import cpu, reference
 
-NAMES = [name for name in IMPLEMENTATIONS if name != "triton"]  # tested in test_triton.py, in its interpreter
+NAMES = EVERYWHERE
 OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
 
 

@@ -4,13 +4,15 @@ import types
 
 import torch
 
-from . import cpu, reference, tiled, triton
+from . import cpu, exportable, natten, reference, tiled, triton
 
 # In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
 IMPLEMENTATIONS: dict[str, types.ModuleType] = {
     "cpu": cpu,
     "triton": triton,
+    "natten": natten,
     "tiled": tiled,
+    "exportable": exportable,
     "reference": reference,
 }
 
@@ -70,10 +72,8 @@ def neighborhood_attention_2d_qkvpacked(
         raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
     query, key, value = qkv.unbind(3)
     module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
-    if module is cpu:
-        return cpu.attention_qkvpacked(qkv, *settings)
-    if module is triton:
-        return triton.attention_qkvpacked(qkv, *settings)
+    if module in (cpu, triton):
+        return module.attention_qkvpacked(qkv, *settings)
     return module.attention(query, key, value, *settings)
 
 
@@ -81,9 +81,12 @@ def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple
     """The implementation that runs this call, and what it wants to know besides query, key and value."""
     check(query, key, value, rpb, kernel_size, dilation)
     settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
+    if impl is None and exportable.exporting():
+        return exportable, settings
     if impl is None:
-        fits = (module for module in IMPLEMENTATIONS.values() if not module.unsupported(query, key, value, *settings))
-        return next(fits), settings
+        # On a CPU `tiled` is faster than any natten; nobody should pay for its import there
+        candidates = (m for m in IMPLEMENTATIONS.values() if m is not natten or query.is_cuda)
+        return next(m for m in candidates if not m.unsupported(query, key, value, *settings)), settings
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
     reasons = IMPLEMENTATIONS[impl].unsupported(query, key, value, *settings)

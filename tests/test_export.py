@@ -1,0 +1,111 @@
+"""tools/export.py and ops/exportable.py: exported models equal the eager ones, at sizes the export never saw."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill_by_name
+from test_ops import draw, run, sample
+
+import dinat_backbones
+from dinat_backbones.ops import exportable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import export  # noqa: E402
+
+SMALL = dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[5], [2]], mlp_ratio=2.0)
+needs_export = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason=f"torch {torch.__version__} is too old for the export tool"
+)
+
+
+def small(family: str) -> export.Exported:
+    model = fill_by_name(getattr(dinat_backbones, family)(**SMALL)).eval()
+    return export.Exported(model, ("stage0", "stage1"))
+
+
+def test_op_against_reference():
+    """60 of the shapes of test_ops.py in float64: borders, exactly K * d, dilations up to 28; all gradients."""
+    for index in range(3000, 3060):
+        case = sample(index)
+        call = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index)
+        settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
+        truth = run(*call, impl="reference", **settings)
+        for a, b in zip(run(*call, impl="exportable", **settings), truth, strict=True):
+            assert (a - b).abs().max() < 1e-11, case
+
+
+@needs_export
+@pytest.mark.parametrize("family", ["DiNAT", "DiNAT_s"])
+def test_open_sizes(family, tmp_path):
+    """One graph for maps that are padded (less than 15 pixels in the first stage) and maps that are not, for even and
+    odd sizes and several batches, in torch.export and in onnxruntime."""
+    pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
+    model = small(family)
+    graph = export.program(model, (61, 98), dynamic_batch=True, dynamic_size=True)
+    cases = [(1, 61, 98), (3, 33, 40), (1, 160, 57), (2, 64, 64), (1, 18, 23)]
+    for form, (write, load) in export.FORMATS.items():
+        path = tmp_path / f"model{export.SUFFIX[form]}"
+        write(model, graph, 18, path)  # refuses operators that are not the standard's
+        assert export.check(model, load(path), cases) <= 1e-4
+
+
+@needs_export
+def test_fixed_size_through_the_tool(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
+    monkeypatch.setattr(export, "build", lambda *arguments: small("DiNAT"))
+    out = tmp_path / "new" / "model.onnx"
+    export.main(["dinat_mini", "--size", "40x70", "--dynamic-batch", "--check", "--out", str(out)])
+    assert [path.name for path in out.parent.iterdir()] == ["model.onnx"]
+    said = capsys.readouterr().out
+    assert "opset 18" in said and "1x3x40x70: largest error" in said and "3x3x40x70: largest error" in said
+
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    wrong = tmp_path / "other" / "model.onnx"
+    with pytest.raises(SystemExit, match="nothing was written"):
+        export.main(["dinat_mini", "--size", "40x70", "--check", "--out", str(wrong)])
+    assert not any(wrong.parent.iterdir())
+
+
+def test_nothing_changes_without_export():
+    query = torch.zeros(1, 9, 9, 1, 8)
+    assert exportable.exporting() is False
+    assert exportable.opened(5, 1) == 5 and exportable.padding(9, 12) == 3 and exportable.padding(12, 9) == 0
+    assert torch.equal(exportable.crop(query, 4, 5), query[:, :4, :5])
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+def test_average_pool(bins):
+    x = torch.randn(2, 3, 17, 20, dtype=torch.float64)
+    assert torch.allclose(export.AveragePool(bins)(x), torch.nn.AdaptiveAvgPool2d(bins)(x))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["dinat_huge"], "dinat_huge is neither a config nor one of: nat_mini"),
+        (["dinat_mini", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["upernet_dinat_mini", "--dilations", "coco"], "--dilations coco goes with the name of a trunk"),
+        (["dinat_mini", "--size", "40"], "expected HEIGHTxWIDTH such as 800x1280, not '40'"),
+        (["dinat_mini", "--opset", "13"], "--opset 13: expected 17 at least"),
+        (["dinat_mini", "--out", "model.txt"], "expected a name that ends in .onnx"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        export.main(["--size", "64x64", *arguments])
+    assert message in (capsys.readouterr().err + str(stopped.value))
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr(export.importlib, "import_module", _no_onnx)
+    with pytest.raises(export.Error, match=r'onnx is not installed: pip install "dinat_backbones\[export\]"'):
+        export._needed("onnx")
+
+
+def _no_onnx(name):
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -1,0 +1,190 @@
+"""Whole backbones: inference, training steps and bfloat16, beside the same on natten, Swin and ConvNeXt."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+from dinat_backbones.backbone import DiNAT
+from dinat_backbones.ops import cpu
+
+from . import rivals
+from .core import Bar, Bench, ParityError, Row, agree, inference, relative, seconds
+
+# a CPU's own bfloat16 products; without them bfloat16 is converted to float32 and back around every product
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+
+
+def backbone(arch: str, impl: str | None = "cpu", drop_path_rate: float = 0.2) -> DiNAT:
+    torch.manual_seed(0)
+    model = DiNAT(arch=arch, dilations="coco", drop_path_rate=drop_path_rate, impl=impl)
+    for name, parameter in model.named_parameters():
+        if name.endswith("rpb"):
+            nn.init.normal_(parameter, std=0.5)  # as large as trained ones, so that parity notices them
+    return model.eval()
+
+
+def picture(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def parity_backbone(bench: Bench) -> None:
+    small = picture((96, 128))
+    for arch in ("dinat_mini", "dinat_tiny"):
+        ours = inference(backbone(arch), small)()
+        agree(f"{arch} against its reference", ours, inference(backbone(arch, "reference"), small)())
+    bench.say("parity: the backbones agree with the reference op inside")
+    if rivals.natten2dav:
+        model, image = backbone("dinat_mini"), picture(bench.sizes.image)
+        ours = inference(model, image)()
+        with rivals.on_natten():
+            theirs = inference(model, image)()
+        agree(f"dinat_mini against itself on {rivals.NATTEN}", ours, theirs)
+        bench.say(f"parity: dinat_mini agrees with itself on {rivals.NATTEN} at full size")
+
+
+def inside_network(bench: Bench, model: nn.Module, image: torch.Tensor) -> Row:
+    """Every call of the op in one forward pass, then the same calls on the same tensors with nothing in between."""
+    run, calls, spent = cpu.attention_qkvpacked, [], [0.0]
+
+    def timed(*arguments):
+        begin = time.perf_counter()
+        out = run(*arguments)
+        spent[0] += time.perf_counter() - begin
+        calls.append(arguments)
+        return out
+
+    def inside() -> float:
+        calls.clear()
+        spent[0] = 0.0
+        with mock.patch.object(cpu, "attention_qkvpacked", timed):
+            model(image)
+        return spent[0]
+
+    def alone() -> float:
+        return sum(seconds(lambda arguments=arguments: run(*arguments)) for arguments in calls)
+
+    name, samples = "op inside the network", {"ours": [], "alone": []}
+    with torch.inference_mode():
+        for turn in range(2 + bench.rounds):
+            pair = inside(), alone()
+            if turn >= 2:
+                samples["ours"].append(pair[0])
+                samples["alone"].append(pair[1])
+    times = bench.medians(name, samples)
+    return relative(f"{name} ({len(calls)} calls)", times["ours"], "alone", times["alone"], Bar("<=", 1.15))
+
+
+def backbone_rows(bench: Bench) -> list[Row]:
+    image = picture(bench.sizes.image)
+    mini, name, bar = backbone("dinat_mini"), "DiNAT-Mini forward", Bar(">=", 2.4)
+    rows = [inside_network(bench, mini, image)]
+    if rivals.natten2dav:
+
+        def theirs():
+            with rivals.on_natten():
+                return inference(mini, image)()
+
+        rows.append(bench.speedup(name, inference(mini, image), f"same on {rivals.NATTEN}", theirs, bar))
+    else:
+        bench.times(name, {"ours": inference(mini, image)})
+        rows.append(Row(name, against=f"same on {rivals.NATTEN}", bar=bar, note=rivals.NEEDS_NATTEN))
+    tiny, swin = inference(backbone("dinat_tiny"), image), inference(rivals.SwinPyramid().eval(), image)
+    rows.append(bench.speedup("DiNAT-Tiny forward", tiny, "torchvision Swin-T", swin, Bar(">=", 1.4)))
+    convnext = inference(rivals.ConvNeXtPyramid().eval(), image)
+    rows.append(bench.speedup("DiNAT-Tiny forward", tiny, "torchvision ConvNeXt-T", convnext))
+    del tiny, swin, convnext
+    large, swin = inference(backbone("dinat_large"), image), inference(rivals.swin_large().eval(), image)
+    bar = Bar(">=", 1.3)
+    rows.append(
+        bench.speedup("DiNAT-Large forward", large, "torchvision Swin-L", swin, bar, rounds=min(3, bench.rounds))
+    )
+    return rows
+
+
+def train_step_rows(bench: Bench) -> list[Row]:
+    image = picture(bench.sizes.train_image, bench.sizes.train_batch)
+
+    def step(model: nn.Module) -> Callable:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+        def call():
+            optimizer.zero_grad()
+            sum(out.square().mean() for out in model(image)).backward()
+            optimizer.step()
+
+        return call
+
+    name = f"DiNAT-Tiny training step, batch {len(image)}"
+    ours, theirs = step(backbone("dinat_tiny")), step(rivals.SwinPyramid())
+    return [bench.speedup(name, ours, "torchvision Swin-T", theirs, Bar(">=", 1.1))]
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def forward_backward(model: nn.Module, image: torch.Tensor, precision: Callable) -> tuple[torch.Tensor, ...]:
+    """Outputs and gradients of all parameters."""
+    with precision():
+        outs = model(image)
+        loss = sum(out.float().square().mean() for out in outs)
+    return *outs, *torch.autograd.grad(loss, tuple(model.parameters()))
+
+
+def parity_bf16(bench: Bench) -> None:
+    image = picture((96, 128))
+    exact = inference(backbone("dinat_mini", "reference"), image)()
+
+    def errors(impl: str) -> list[float]:
+        results = forward_backward(backbone("dinat_mini", impl), image, autocast)
+        if not all(t.isfinite().all() for t in results):
+            raise ParityError(f"bf16 autocast, {impl}: outputs or gradients are not finite")
+        return [(got - want).abs().max().item() for got, want in zip(results, exact, strict=False)]  # outputs alone
+
+    for i, (ours, eager) in enumerate(zip(errors("cpu"), errors("reference"), strict=True)):
+        if ours > 1.25 * eager + 1e-2:
+            raise ParityError(f"bf16 autocast, output {i}: error {ours:.2g}, with the reference op it is {eager:.2g}")
+    bench.say("parity: bf16 autocast is finite and as exact as with the reference op inside")
+
+
+def bf16_instructions() -> list[str]:
+    """Which of `BF16_FLAGS` this CPU has (Linux)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [flag for flag in BF16_FLAGS if flag in words]
+
+
+def bf16_rows(bench: Bench) -> list[Row]:
+    image, model = picture(bench.sizes.train_image), backbone("dinat_mini", drop_path_rate=0.0)
+
+    def forward(precision):
+        with precision():
+            return inference(model, image)()
+
+    full = contextlib.nullcontext
+    rows = [
+        bench.speedup(
+            "DiNAT-Mini bf16 forward", lambda: forward(autocast), "fp32", lambda: forward(full), Bar(">=", 2.5)
+        ),
+        bench.speedup(
+            "DiNAT-Mini bf16 forward+backward",
+            lambda: forward_backward(model, image, autocast),
+            "fp32",
+            lambda: forward_backward(model, image, full),
+        ),
+    ]
+    if "amx_bf16" not in bf16_instructions():
+        for row in rows:
+            row.bar = None
+            row.note = (
+                f"no bar: this CPU has none of AMX ({', '.join(bf16_instructions()) or 'nor other bf16 products'})"
+            )
+    return rows

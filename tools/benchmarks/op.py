@@ -1,0 +1,151 @@
+"""The op by itself: its implementations beside each other and beside natten, and how time grows."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dinat_backbones.ops import neighborhood_attention_2d
+
+from . import rivals
+from .core import Bar, Bench, Row, agree, inference, relative
+
+KERNEL, HEADS, HEAD_DIM = 7, 2, 32  # the first stage of DiNAT-Mini and DiNAT-Tiny
+
+
+class OpInputs:
+    """Inputs of one call of the op, strided as a qkv projection leaves them, and the gradient of its output."""
+
+    def __init__(self, size: tuple[int, int]):
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(1, *size, 3, HEADS, HEAD_DIM, generator=generator)
+        self.qkv = [t.requires_grad_() for t in qkv.unbind(3)]
+        span = 2 * KERNEL - 1
+        self.rpb = (0.5 * torch.randn(HEADS, span, span, generator=generator)).requires_grad_()
+        self.grad_out = torch.randn(1, *size, HEADS, HEAD_DIM, generator=generator)
+
+    def to(self, convert: Callable[[torch.Tensor], torch.Tensor], rpb_dtype: torch.dtype) -> "OpInputs":
+        """The same numbers in another layout or dtype."""
+        other = object.__new__(OpInputs)
+        other.qkv = [convert(t.detach()).requires_grad_() for t in self.qkv]
+        other.rpb = self.rpb.detach().to(rpb_dtype).requires_grad_()
+        other.grad_out = convert(self.grad_out)
+        return other
+
+    def gradients(self, function: Callable) -> tuple[torch.Tensor, ...]:
+        """The output, then the gradients of query, key, value and rpb."""
+        out = function(*self.qkv, self.rpb)
+        return out.detach(), *torch.autograd.grad(out, (*self.qkv, self.rpb), self.grad_out)
+
+
+def op_call(inputs: OpInputs, function: Callable, backward: bool) -> Callable:
+    if backward:
+        return lambda: inputs.gradients(function)
+    return inference(function, *inputs.qkv, inputs.rpb)
+
+
+def op(dilation: int, impl: str = "cpu") -> Callable:
+    def call(query, key, value, rpb):
+        return neighborhood_attention_2d(query, key, value, rpb, kernel_size=KERNEL, dilation=dilation, impl=impl)
+
+    return call
+
+
+def natten_inputs(inputs: OpInputs) -> OpInputs:
+    other = inputs.to(lambda t: t.permute(0, 3, 1, 2, 4).contiguous(), torch.float32)
+    other.qkv[0] = (other.qkv[0].detach() * HEAD_DIM**-0.5).requires_grad_()
+    return other
+
+
+def parity_op(bench: Bench) -> None:
+    small = OpInputs((40, 44))
+    exact = small.to(torch.Tensor.double, torch.float64)
+    for dilation in (1, 5):
+        expected = exact.gradients(op(dilation, "reference"))
+        for impl in ("cpu", "tiled"):
+            agree(f"op {impl}, d={dilation}, against reference", small.gradients(op(dilation, impl)), expected)
+    bench.say("parity: cpu and tiled agree with the reference in float64, forward and gradients")
+    inputs = OpInputs(bench.sizes.map)
+    for dilation in bench.sizes.dilations:
+        ours = inputs.gradients(op(dilation))
+        agree(f"op cpu, d={dilation}, full size, against tiled", ours, inputs.gradients(op(dilation, "tiled")))
+        if rivals.natten2dav:
+            out, *grads, grad_rpb = natten_inputs(inputs).gradients(rivals.natten_op(KERNEL, dilation))
+            grads[0] = grads[0] * HEAD_DIM**-0.5
+            theirs = [t.permute(0, 2, 3, 1, 4) for t in (out, *grads)]
+            agree(f"op cpu, d={dilation}, full size, against {rivals.NATTEN}", ours, (*theirs, grad_rpb))
+    bench.say(f"parity: cpu agrees with tiled{f' and {rivals.NATTEN}' if rivals.natten2dav else ''} at full size")
+
+
+def op_rows(bench: Bench) -> list[Row]:
+    inputs, (height, width) = OpInputs(bench.sizes.map), bench.sizes.map
+    theirs = natten_inputs(inputs)
+    rows = []
+    for d, backward in itertools.product(bench.sizes.dilations, (False, True)):
+        name, bar = f"op forward{'+backward' * backward} d={d}", Bar(">=", 6 if backward else 15)
+        calls = op_call(inputs, op(d), backward), op_call(theirs, rivals.natten_op(KERNEL, d), backward)
+        rows.append(
+            bench.speedup(name, calls[0], rivals.NATTEN, calls[1], bar)
+            if rivals.natten2dav
+            else Row(name, against=rivals.NATTEN, bar=bar, note=rivals.NEEDS_NATTEN)
+        )
+
+    near, far = bench.sizes.dilations
+    qkv = nn.Linear(HEADS * HEAD_DIM, 3 * HEADS * HEAD_DIM)
+    square = torch.randn(2048, 2048)
+    calls = {f"d={d}": op_call(inputs, op(d), False) for d in (near, far)}
+    calls["qkv Linear"] = inference(qkv, torch.randn(1, height, width, HEADS * HEAD_DIM))
+    calls["2048^3 mm"] = inference(torch.mm, square, square)
+    times = bench.times("op forward", calls)
+    flops = 4 * height * width * HEADS * KERNEL**2 * HEAD_DIM  # two products, two operations each
+    floor = times["2048^3 mm"] * flops / (2 * 2048**3)
+    for d in (near, far):
+        ours = times[f"d={d}"]
+        rows.append(relative(f"op forward d={d} / qkv Linear", ours, "qkv Linear", times["qkv Linear"], Bar("<=", 0.7)))
+        rows.append(Row(f"op forward d={d}, fraction of floor", ours, f"{flops / 1e9:.2f} GFLOP", floor, floor / ours))
+
+    rows += [
+        bench.speedup(
+            f"tiled forward d={d}",
+            op_call(inputs, op(d, "tiled"), False),
+            "reference",
+            op_call(inputs, op(d, "reference"), False),
+            Bar(">=", 10),
+        )
+        for d in (near, far)
+    ]
+    return rows
+
+
+def growth_rows(bench: Bench) -> list[Row]:
+    near, far = bench.sizes.dilations
+    height, width = bench.sizes.map
+    small, large = OpInputs((height, width)), OpInputs((2 * height, 2 * width))
+    rows = []
+    names = f"d={near}", f"d={far}", f"4x tokens, d={near}"
+    for label, backward in (("forward", False), ("forward+backward", True)):
+        calls = (op_call(x, op(d), backward) for x, d in ((small, near), (small, far), (large, near)))
+        times = bench.times(f"op {label}", dict(zip(names, calls, strict=True)))
+        # the bars speak of the forward pass
+        bars = (None, None) if backward else (Bar("<=", 1.25), Bar("<=", 4.6))
+        for name, bar in zip(names[1:], bars, strict=True):
+            rows.append(relative(f"op {label}, {name}", times[name], names[0], times[names[0]], bar))
+    _curves(bench)
+    return rows
+
+
+def _curves(bench: Bench) -> None:
+    """What the plot shows: forward time of `cpu` and `tiled` against dilation and against the number of tokens."""
+    height, width = bench.sizes.map
+    inputs = OpInputs((height, width))
+    for dilation in (1, 2, 4, 7, 14, 28):
+        if KERNEL * dilation <= min(height, width):
+            calls = {impl: op_call(inputs, op(dilation, impl), False) for impl in ("cpu", "tiled")}
+            bench.curve("dilation", dilation, bench.times(f"op forward, d={dilation}", calls))
+    near = bench.sizes.dilations[0]
+    for factor in (0.5, 0.75, 1, 1.5, 2):
+        size = int(height * factor), int(width * factor)
+        inputs = OpInputs(size)
+        calls = {impl: op_call(inputs, op(near, impl), False) for impl in ("cpu", "tiled")}
+        bench.curve("tokens", size[0] * size[1], bench.times(f"op forward, {size[0]}x{size[1]}", calls))
