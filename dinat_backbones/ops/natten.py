@@ -88,11 +88,12 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
             query, key, value = query.detach(), key.detach(), value.detach()
         return found.module.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale)
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    heads_first = (tensor.to(accumulate).permute(0, 3, 1, 2, 4).contiguous() for tensor in (query * scale, key, value))
+    dtype, inputs = value.dtype, (query * scale, key, value)
+    query, key, value = (tensor.to(accumulate).permute(0, 3, 1, 2, 4).contiguous() for tensor in inputs)
     rpb = None if rpb is None else rpb.to(accumulate)
     with torch.autocast(query.device.type, enabled=False):
-        out = _with_weights(found.functions, *heads_first, rpb, kernel_size, dilation)
-    return out.permute(0, 2, 3, 1, 4).to(value.dtype)
+        out = _with_weights(found.functions, query, key, value, rpb, kernel_size, dilation)
+    return out.permute(0, 2, 3, 1, 4).to(dtype)
 
 
 def _with_weights(functions, query, key, value, rpb, kernel_size, dilation) -> torch.Tensor:
