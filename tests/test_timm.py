@@ -183,6 +183,13 @@ def test_size_of_vitrpb():
             timm.create_model("vitrpb_small", img_size=(256, 224))
 
 
+def test_device_dtype_and_channels():
+    model = timm.create_model("vitrpb_small", device="meta", dtype=torch.bfloat16, in_chans=5)
+    assert model.in_chans == 5
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert all(buffer.is_meta and buffer.dtype == torch.int64 for buffer in model.buffers())
+
+
 def test_learns_with_what_timm_has():
     """A few steps of timm's optimizer, schedule, loss and averaging, as its training script has them."""
     torch.manual_seed(0)
