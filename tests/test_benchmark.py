@@ -60,3 +60,33 @@ def test_missing_natten_is_said(tmp_path, monkeypatch, capsys):
     run(tmp_path / "report.json", "op")
     notes = [row["note"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
     assert sum("make bench-classic" in note for note in notes) == 4 and "make bench-classic" in capsys.readouterr().out
+
+
+def test_gpu_suite_runs_dry(tmp_path, capsys):
+    """All of the GPU suite on a CPU: every row has a figure or says why it has none, and the table comes last."""
+    out = tmp_path / "gpu.json"
+    run(out, "gpu", "--dry-run")
+    report = json.loads(out.read_text())
+    rows = report["rows"]
+    assert {row["against"] for row in rows} >= {"natten without rpb", "FlexAttention with rpb", "torchvision Swin-L"}
+    assert all(row["ratio"] or row["note"] for row in rows)
+    assert report["curves"] and out.with_suffix(".png").stat().st_size > 1000
+    assert "DiNAT-L training step" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_gpu_suite_without_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "gpu.json", "gpu")
+    error = capsys.readouterr().err
+    assert "needs a GPU" in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_bf16_says_why_there_is_no_bar(monkeypatch):
+    monkeypatch.setattr(benchmark.backbones, "bf16_instructions", list)
+    row = benchmark.Row("x", 1.0, "fp32", 2.0, 2.0)
+    monkeypatch.setattr(benchmark.Bench, "speedup", lambda *arguments: row)
+    monkeypatch.setattr(benchmark.backbones, "backbone", lambda *arguments, **keywords: None)
+    rows = benchmark.backbones.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
+    assert all("this CPU has no" in row.note and row.passed is None for row in rows)

@@ -87,9 +87,10 @@ def attention(query, key, value, rpb, kernel_size, dilation, scale) -> torch.Ten
         if not torch.is_grad_enabled():  # FlexAttention on a CPU asks for requires_grad alone
             query, key, value = query.detach(), key.detach(), value.detach()
         return found.module.na2d(query, key, value, kernel_size=kernel_size, dilation=dilation, scale=scale)
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    dtype, inputs = value.dtype, (query * scale, key, value)
-    query, key, value = (tensor.to(accumulate).permute(0, 3, 1, 2, 4).contiguous() for tensor in inputs)
+    dtype, accumulate = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, key, value = (
+        tensor.to(accumulate).permute(0, 3, 1, 2, 4).contiguous() for tensor in (query * scale, key, value)
+    )
     rpb = None if rpb is None else rpb.to(accumulate)
     with torch.autocast(query.device.type, enabled=False):
         out = _with_weights(found.functions, query, key, value, rpb, kernel_size, dilation)

@@ -79,6 +79,7 @@ class Flex:
             return same & (row >= 0) & (row < kernel_size) & (column >= 0) & (column < kernel_size)
 
         tokens = height * width
+        torch.compiler.reset()  # torch stops compiling a function after a few shapes
         # compiled, the mask of all pairs is never held
         mask = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
         self.mask = mask(inside, None, None, tokens, tokens, device=device)
@@ -93,14 +94,16 @@ class Flex:
 
             return modify
 
-        self.biased = biased
+        self.biased, self.table, self.modify = biased, None, None
 
     def sort(self, tensor: torch.Tensor) -> torch.Tensor:
         """``[B, H, W, heads, head_dim]`` to ``[B, heads, tokens, head_dim]``."""
         return tensor.flatten(1, 2)[:, self.order].transpose(1, 2).contiguous()
 
     def __call__(self, query, key, value, rpb) -> torch.Tensor:
-        return self.attend(query, key, value, score_mod=self.biased(rpb), block_mask=self.mask)
+        if self.table is not rpb:  # a new function for every call would be compiled anew
+            self.table, self.modify = rpb, self.biased(rpb)
+        return self.attend(query, key, value, score_mod=self.modify, block_mask=self.mask)
 
 
 class SwinPyramid(nn.Module):
