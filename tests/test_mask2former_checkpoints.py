@@ -86,6 +86,7 @@ def detectron2_model():
     from detectron2.config import get_cfg
     from detectron2.modeling import ShapeSpec, build_sem_seg_head
     from detectron2.projects.deeplab import add_deeplab_config
+
     from mask2former import add_maskformer2_config
 
     cfg = get_cfg()

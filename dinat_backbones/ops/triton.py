@@ -153,7 +153,8 @@ class _Call:
         self.numbers = (*query.stride()[:4], self.height, self.width, self.heads, dilation, scale)
         self.classes = batch * self.heads * dilation**2
         self.tiles = dict(zip(KERNELS, tiles(kernel_size, self.dim, query.dtype), strict=True))
-        wide = self.height * max(query.stride(1), 3 * self.width * self.heads * self.dim) >= WIDE
+        reach = self.height * query.stride(1), self.width * query.stride(2)
+        wide = max(*reach, 3 * query[:1].numel()) >= WIDE
         tf32 = query.dtype == torch.float32 and _tf32()
         self.constants = constants(kernel_size, self.dim, rpb is not None, tf32, wide)
 
