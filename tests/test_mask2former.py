@@ -443,7 +443,8 @@ def test_evaluation_with_augmentation(train_net, root, tmp_path):
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
 def test_pictures_of_predictions(root, tmp_path, task):
-    cfg, model = tiny()
+    thresholds = ["OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD"]
+    cfg, model = tiny(*[word for name in thresholds for word in (f"MODEL.MASK_FORMER.TEST.{name}", 0.0)])
     model.sem_seg_head.predictor.class_embed.bias.data = torch.tensor([9.0, 0, 0, 0, 0])  # all queries are circles
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     (tmp_path / "config.yaml").write_text(cfg.dump())
