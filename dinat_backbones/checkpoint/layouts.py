@@ -22,7 +22,7 @@ from . import huggingface, mask2former
 from .loading import WRAPPERS, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
-_TRUNKS = ("backbone.bottom_up.", "backbone.")  # detectron2 puts a trunk with a feature pyramid into the pyramid
+_PYRAMID = "backbone.bottom_up."  # where detectron2 has a trunk with a feature pyramid
 # the modules of mmdet's and mmseg's models
 _OPENMMLAB = re.compile(
     r"(backbone|neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|semantic_head|decode_head|auxiliary_head)\."
@@ -135,9 +135,13 @@ def _to_common(
     if any(key.startswith("patch_embed.") for key in state):
         return {_common_name(key): ((key,), value) for key, value in state.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
-    start = next((start for start in _TRUNKS if any(key.startswith(f"{start}patch_embed.") for key in state)), None)
-    if start and (to in ("imagenet", "detectron2") or not others):
-        return {re.sub(f"^{re.escape(start)}", "backbone.", k): ((k,), value) for k, value in state.items()}
+    if any(key.startswith(f"{_PYRAMID}patch_embed.") for key in state) and to in ("imagenet", "detectron2"):
+        trunk = {key: f"backbone.{key.removeprefix(_PYRAMID)}" for key in state if key.startswith(_PYRAMID)}
+        return {trunk[key]: ((key,), state[key]) for key in trunk}
+    if any(key.startswith("backbone.patch_embed.") for key in state) and (
+        to in ("imagenet", "detectron2") or not others
+    ):
+        return {key: ((key,), value) for key, value in state.items()}
     raise ValueError(
         f"cannot convert to {to}: expected a Mask2Former, or a NAT or DiNAT checkpoint of ImageNet, mmdet, mmseg or "
         "detectron2 with patch_embed.* or backbone.patch_embed.*, or one of transformers, and the file has "

@@ -220,7 +220,7 @@ class _ArrayUnpickler(_Unpickler):
             "numeric._frombuffer": _tensor,
             "torch.storage._load_from_bytes": lambda content: torch.load(io.BytesIO(content), weights_only=True),
             "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-            "builtins.bytes": lambda: b"",
+            "__builtin__.bytes": lambda: b"",  # of protocol 2
         }
         short = f"{module.removeprefix('numpy.core.').removeprefix('numpy._core.')}.{name}"
         return known[short] if short in known else super().find_class(module, name)
