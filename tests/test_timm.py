@@ -153,15 +153,14 @@ def test_optimizers_of_timm(name):
     for key, value in decay.items():
         assert (value == 0) == (key.endswith((".rpb", "bias")) or "norm" in key), key
     stage = model.stages_name
-    order = ["patch_embed.proj.0.bias" if "proj.0" in str(list(scale)) else "patch_embed.proj.bias"]
-    order += [f"{stage}.0.attn.rpb", f"{stage}.1.attn.rpb", f"{stage}.3.attn.rpb"]
-    if "mini" in name or "s_tiny" in name:
-        order[1:] = [
-            *(f"{stage}.0.blocks.0.attn.rpb", f"{stage}.0.downsample.norm.bias"),
-            *(f"{stage}.1.blocks.0.attn.rpb", f"{stage}.1.blocks.1.attn.rpb", f"{stage}.2.blocks.0.attn.rpb"),
-        ]
-    rates = [scale[key] for key in [*order, "head.weight"]]
-    assert rates == sorted(rates) and len(set(rates)) == len(rates) and rates[-1] == 1
+    if "isotropic" in name or "vitrpb" in name:
+        expected = {"patch_embed.norm.bias": 5, **{f"{stage}.{i}.attn.rpb": 4 - i for i in range(4)}}
+    else:  # a downsampler belongs to the last block before it
+        expected = {"patch_embed.norm.bias": 5, f"{stage}.0.blocks.0.attn.rpb": 4, f"{stage}.1.blocks.0.attn.rpb": 3}
+        expected |= {f"{stage}.1.blocks.1.attn.rpb": 2, f"{stage}.2.blocks.0.attn.rpb": 1}
+        expected |= {f"{stage}.0.downsample.norm.bias": 4, f"{stage}.1.downsample.norm.bias": 2}
+    expected |= {"norm.bias": 1, "head.weight": 0}
+    assert {key: scale[key] for key in expected} == {key: 0.5**depth for key, depth in expected.items()}
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -54,7 +54,7 @@ class _ForTimm:
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
     def group_matcher(self: Any, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters by depth, for layer-wise learning rates. A downsampler ends its stage."""
+        """Groups of parameters by depth, for layer-wise learning rates; 99999 joins the group before, in timm."""
         stage = rf"^{self.stages_name}\.(\d+)"
         if coarse or isinstance(self, classifier.IsotropicClassifier):
             return dict(stem=r"^patch_embed", blocks=[(stage, None), (r"^norm", (99999,))])
