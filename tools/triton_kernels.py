@@ -135,7 +135,12 @@ def candidates(kernel_size: int, quick: bool) -> Iterator[op.Tiles]:
     for (rows, columns), at_a_time, warps, stages in itertools.product(shapes, (32, 64), (2, 4, 8), (1, 2, 3)):
         width = op.power_of_two(columns + kernel_size - 1)
         logits = rows * columns * at_a_time / (32 * warps)
-        if width > at_a_time or columns + kernel_size - 1 < width / 3 or not 8 <= logits <= 32:
+        if (
+            width > at_a_time
+            or columns + kernel_size - 1 < width / 3
+            or not 8 <= logits <= 32
+            or rows * at_a_time < 16 * width
+        ):
             continue
         yield op.Tiles(rows, columns, at_a_time // width, width, warps, stages)
         if quick:
