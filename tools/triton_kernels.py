@@ -130,12 +130,17 @@ def print_reports(arguments: argparse.Namespace) -> None:
 
 
 def candidates(kernel_size: int, quick: bool) -> Iterator[op.Tiles]:
-    """Cuts whose programs hold 8 to 64 logits per thread at a time and waste no more than two thirds of the columns."""
+    """Cuts whose threads hold 8 to 32 logits at a time and that waste no more than two thirds of the columns."""
     shapes = [(8, 4), (8, 8), (16, 4), (4, 16), (16, 8)]
     for (rows, columns), at_a_time, warps, stages in itertools.product(shapes, (32, 64), (2, 4, 8), (1, 2, 3)):
         width = op.power_of_two(columns + kernel_size - 1)
         logits = rows * columns * at_a_time / (32 * warps)
-        if width > at_a_time or columns + kernel_size - 1 < width / 3 or not 8 <= logits <= 32:
+        if (
+            width > at_a_time
+            or columns + kernel_size - 1 < width / 3
+            or not 8 <= logits <= 32
+            or rows * at_a_time < 16 * width
+        ):
             continue
         yield op.Tiles(rows, columns, at_a_time // width, width, warps, stages)
         if quick:

@@ -66,15 +66,20 @@ def tiles(kernel_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tiles, T
 
     tile_columns = min((2, 4, 8, 16, 32), key=keys)
     columns = power_of_two(tile_columns + kernel_size - 1)
-    row_bytes = power_of_two(head_dim) * dtype.itemsize
     # keys at a time: many keep the tensor cores busy, few fit into registers and shared memory
-    forward, backward = (64, 32) if row_bytes <= 128 else (32, 32) if row_bytes <= 256 else (16, 16)
+    if dtype == torch.float32:
+        at_a_time = (64, 32, 16) if head_dim <= 32 else (32, 32, 16) if head_dim <= 64 else (16, 16, 16)
+    else:
+        at_a_time = (64, 32, 32) if head_dim <= 64 else (32, 32, 32)
 
-    def cut(at_a_time: int, stages: int) -> Tiles:
-        width = min(columns, at_a_time)
-        return Tiles(64 // tile_columns, tile_columns, at_a_time // width, width, 4, stages)
+    warps = 8 if dtype == torch.float32 and head_dim > 32 else 4  # more registers
 
-    return cut(forward, 2), cut(backward, 2), cut(backward, 2)
+    def cut(keys: int, least_rows: int) -> Tiles:
+        rows = max(keys // columns, least_rows)
+        return Tiles(64 // tile_columns, tile_columns, rows, keys // rows, warps, 2)
+
+    # The sums over rows in the gradient of the bias are a product over tile_rows * rows, which has to be 16 or more.
+    return cut(at_a_time[0], 1), cut(at_a_time[1], -(-16 * tile_columns // 64)), cut(at_a_time[2], 1)
 
 
 def _missing_triton() -> str:

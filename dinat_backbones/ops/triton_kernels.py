@@ -313,7 +313,13 @@ def query_gradient_kernel(
                 by_column = tl.dot(pairs, to_column, input_precision=PRECISION)
                 bin_row = (at_row + pair_rows % ROWS) - (first_row + pair_rows // ROWS) + KERNEL - 1
                 to_row = (bins[:, None] == bin_row[None, :]).to(tl.float32)
-                sums = tl.dot(to_row, by_column, sums, input_precision="ieee")
+                if BLOCK_SPAN == 16 or q.dtype == tl.float32:
+                    sums = tl.dot(to_row, by_column, sums, input_precision="ieee")
+                else:  # in two halves of 16 bits, which the tensor cores take
+                    to_row = to_row.to(tl.bfloat16)
+                    high = by_column.to(tl.bfloat16)
+                    sums = tl.dot(to_row, high, sums)
+                    sums = tl.dot(to_row, (by_column - high.to(tl.float32)).to(tl.bfloat16), sums)
 
     grad_query += (first_pixel - head) * 3 * DIM + head * DIM
     _store(grad_query, pixels * 3 * DIM, q_inside, result * scale, DIM, BLOCK_DIM)
