@@ -158,6 +158,13 @@ def program(exported: Exported, size: tuple[int, int], dynamic_batch: bool, dyna
         return torch.export.export(exported.model, (image,), dynamic_shapes=(dims or None,), strict=False)
 
 
+def least_size(graph: Any) -> str:
+    """The smallest image a graph with open sizes takes: torch fixes that the last map has more than one pixel a side."""
+    (name,) = graph.graph_signature.user_inputs
+    image = next(node for node in graph.graph.nodes if node.name == name)
+    return "x".join(str(graph.range_constraints[side.node.expr].lower) for side in image.meta["val"].shape[2:])
+
+
 def write_onnx(exported: Exported, graph: Any, opset: int, path: Path) -> str:
     """Writes the file; returns what is in it, in words."""
     onnx = _needed("onnx")
@@ -292,6 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         words = write(exported, graph, args.opset, partial)
         print(f"{partial.stat().st_size / 1e6:.1f} MB, {words}, exported in {time.perf_counter() - begin:.0f} s")
+        if args.dynamic_size:
+            print(f"images of {least_size(graph)} and larger")
         if args.check:
             worst = check(exported, load(partial), shapes(args.size, args.dynamic_batch, args.dynamic_size))
             if not worst <= TOLERANCE:
