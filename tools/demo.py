@@ -78,7 +78,7 @@ DEMOS = {
     "mask2former": Demo(
         "Mask2Former with DiNAT",
         {f"coco_panoptic/{name}": name for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")},
-        30.0,
+        45.0,
         96,
         2000,
     ),
