@@ -117,7 +117,7 @@ def sample(index):
             height,
             width,
             rng.choice([1, 1, 2]),
-            rng.choice([8, 16, 20, 32] if dilation > 4 else [16, 32, 32, 48, 64, 128]),
+            rng.choice([8, 16, 20, 32] if dilation > 4 or kernel_size > 9 else [16, 32, 32, 48, 64, 128]),
         ),
         kernel_size=kernel_size,
         dilation=dilation,
