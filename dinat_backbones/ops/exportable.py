@@ -26,7 +26,9 @@ def unsupported(query, key, value, rpb, kernel_size, dilation, scale) -> list[st
 
 def exporting() -> bool:
     """Whether torch.export is at work (alone or for ONNX), whose graphs should hold standard operations only."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    compiler = torch.compiler
+    # torch.compile, too, takes is_exporting() for true
+    return hasattr(compiler, "is_exporting") and compiler.is_exporting() and not compiler.is_dynamo_compiling()
 
 
 def opened(size: int, least: int) -> int:
