@@ -90,7 +90,11 @@ def _table(head: tuple[str, ...], lines: Iterable[tuple]) -> str:
 
 
 def _config(row: Any) -> str:
-    return f"[{row.config.split('/')[0]}](../configs/{row.config})" if row.config else ""
+    links = [f"[{row.config.split('/')[0]}](../configs/{row.config})"] if row.config else []
+    if isinstance(row, zoo.Mask2Former):
+        (file,) = (ROOT / "mask2former" / "configs" / row.name).glob(f"*_{row.arch}_*.yaml")
+        links.append(f"[detectron2](../{file.relative_to(ROOT)})")
+    return ", ".join(links)
 
 
 def _file(row: zoo.Row) -> str:
