@@ -103,7 +103,9 @@ def load_predictor(
             drawn = visualizer.draw_panoptic_seg_predictions(segments.cpu(), infos)
             found = count(info["category_id"] for info in infos)
         elif kind == "instances":
-            instances = result[kind][result[kind].scores >= score]
+            instances = result[kind]
+            things = instances.pred_classes < len(metadata.thing_classes)  # first among the classes of a panoptic model
+            instances = instances[things & (instances.scores >= score)]
             if not instances.pred_boxes.tensor.any():  # Mask2Former leaves them empty
                 instances.remove("pred_boxes")
             drawn = visualizer.draw_instance_predictions(instances)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from . import cpu, triton  # noqa: F401  # define the ops
 
@@ -27,8 +27,6 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
     return tokens * heads * kernel_size**2 * (2 * head_dim + bias)
 
 
-# for everyone who uses torch's counter
-@register_flop_formula([torch.ops.dinat_backbones.na2d, torch.ops.dinat_backbones.na2d_triton])
 def _na2d(qkv, rpb, kernel_size, *args, **kwargs) -> int:
     batch, height, width, *_, heads, head_dim = qkv[0]  # query, or all three in one
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)
@@ -38,6 +36,10 @@ def _layer_norm(shape, *args, **kwargs) -> int:
     return 2 * 5 * shape.numel()
 
 
+_OPS = [torch.ops.dinat_backbones.na2d, torch.ops.dinat_backbones.na2d_triton]
+# For everyone who uses torch's counter. What `register_flop_formula` is given for ops that are not torch's own is not
+# found again in torch 2.3.
+flop_registry.update(dict.fromkeys(_OPS, shape_wrapper(_na2d)))
 _FORMULAS = {torch.ops.aten.native_layer_norm: _layer_norm}
 
 
