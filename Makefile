@@ -2,7 +2,9 @@
 .PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-modern test-classic \
 	lint bench bench-classic bench-gpu clean
 
-PYTEST = -m pytest -q
+# A file at a time on each core, with one thread: most tests compute little, and teams of threads get in each other's way.
+PYTEST = -m pytest -q -n auto --maxprocesses 8 --dist loadfile
+test-modern test-classic: export OMP_NUM_THREADS = 1
 
 setup:
 	tools/setup_env.sh modern

@@ -3,6 +3,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dinat_backbones.ops import IMPLEMENTATIONS
@@ -39,10 +40,28 @@ def fill_by_name(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+whole_files = set()  # skipped when they were collected: (path, line, reason)
+
+
+def pytest_collectreport(report):
+    if report.skipped:
+        whole_files.add(tuple(report.longrepr))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist, which hands on the skips of tests only
+        session.config.workeroutput["whole_files"] = list(whole_files)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    whole_files.update(map(tuple, getattr(node, "workeroutput", {}).get("whole_files", [])))
+
+
 def pytest_terminal_summary(terminalreporter):
-    skipped = terminalreporter.stats.get("skipped", [])
+    skipped = [tuple(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    skipped += sorted(whole_files.difference(skipped))
     terminalreporter.section("not run")
-    for report in skipped:
-        where, line, reason = report.longrepr
+    for where, line, reason in skipped:
         terminalreporter.write_line(f"{Path(where).name}:{line}: {reason}")
     terminalreporter.write_line(f"{len(skipped)} test(s) were not run" if skipped else "everything was run")

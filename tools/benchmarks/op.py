@@ -136,16 +136,19 @@ def growth_rows(bench: Bench) -> list[Row]:
 
 
 def _curves(bench: Bench) -> None:
-    """What the plot shows: forward time of `cpu` and `tiled` against dilation and against the number of tokens."""
+    """What the plot shows: forward time against dilation and against the number of tokens."""
+
+    def draw(axis: str, at: int, label: str, size: tuple[int, int], dilation: int) -> None:
+        inputs = OpInputs(size)
+        calls = {impl: op_call(inputs, op(dilation, impl), False) for impl in ("cpu", "tiled")}
+        if rivals.natten2dav:
+            calls[rivals.NATTEN] = op_call(natten_inputs(inputs), rivals.natten_op(KERNEL, dilation), False)
+        bench.curve(axis, at, bench.times(f"op forward, {label}", calls))
+
     height, width = bench.sizes.map
-    inputs = OpInputs((height, width))
     for dilation in (1, 2, 4, 7, 14, 28):
         if KERNEL * dilation <= min(height, width):
-            calls = {impl: op_call(inputs, op(dilation, impl), False) for impl in ("cpu", "tiled")}
-            bench.curve("dilation", dilation, bench.times(f"op forward, d={dilation}", calls))
-    near = bench.sizes.dilations[0]
+            draw("dilation", dilation, f"d={dilation}", (height, width), dilation)
     for factor in (0.5, 0.75, 1, 1.5, 2):
         size = int(height * factor), int(width * factor)
-        inputs = OpInputs(size)
-        calls = {impl: op_call(inputs, op(near, impl), False) for impl in ("cpu", "tiled")}
-        bench.curve("tokens", size[0] * size[1], bench.times(f"op forward, {size[0]}x{size[1]}", calls))
+        draw("tokens", size[0] * size[1], f"{size[0]}x{size[1]}", size, bench.sizes.dilations[0])
