@@ -7,8 +7,8 @@
 Data is looked for in $DETECTRON2_DATASETS (./datasets by default). Several machines: --num-machines, --machine-rank and
 --dist-url. `--num-gpus 0` runs on the CPU; on a machine without GPUs, --num-gpus is the number of processes (gloo).
 Evaluation also writes its figures to OUTPUT_DIR/inference/results.json. TEST.AUG.ENABLED adds an evaluation of the
-semantic result over several scales and flips. With SEED set, a run that was killed and resumed ends with the weights
-of one that never stopped, but for rounding.
+semantic result over several scales and flips. With SEED set, a run that was killed and resumed ends with the very
+weights of one that never stopped.
 """
 
 import argparse

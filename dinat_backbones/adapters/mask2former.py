@@ -99,6 +99,13 @@ class _SetCriterion(maskformer_model.SetCriterion):
         )
 
 
+# TorchScript derives a function's gradient anew after its first calls, and rounds otherwise then: a resumed run, which
+# has those calls later, would not repeat what an uninterrupted one does. Both repositories keep the plain functions.
+for _module in map(importlib.import_module, ("mask2former.modeling.criterion", "mask2former.modeling.matcher")):
+    for _name in [name for name in vars(_module) if name.endswith("_jit")]:
+        setattr(_module, _name, getattr(_module, _name.removesuffix("_jit")))
+
+
 if "weight_dict" not in inspect.signature(maskformer_model.SetCriterion).parameters:
     maskformer_model.SetCriterion = _SetCriterion
 
