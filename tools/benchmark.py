@@ -79,7 +79,7 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "all", "gpu"])
-    parser.add_argument("--rounds", type=_positive, help="turns of every competitor (default: 7; with --quick 3)")
+    parser.add_argument("--rounds", type=_positive, help="turns of every competitor (default: 5; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="tiny maps, to try the program; the figures mean nothing")
     parser.add_argument("--dry-run", action="store_true", help="gpu suite: run all of it on a CPU, at tiny sizes")
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out.is_dir():
         parser.error(f"--out {options.out} is a folder; expected a file name")
     torch.set_num_threads(options.threads)
-    bench = Bench(TINY if options.tiny else Sizes(), options.rounds or (3 if options.quick else 7), options.threads)
+    bench = Bench(TINY if options.tiny else Sizes(), options.rounds or (3 if options.quick else 5), options.threads)
     bench.say(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     suites = list(SUITES.values()) if options.suite == "all" else [SUITES[s] for s in SUITES if s == options.suite]
