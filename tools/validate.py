@@ -188,6 +188,9 @@ def _count(
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Errors of reading go to the main process; what is left is the thread that hands batches over, and would print that
+    # nobody takes them any more.
+    sys.excepthook = lambda *_: None
 
 
 def load(name: str, checkpoint: str | None, dataset: Any) -> nn.Module:

@@ -138,17 +138,17 @@ def growth_rows(bench: Bench) -> list[Row]:
 def _curves(bench: Bench) -> None:
     """What the plot shows: forward time against dilation and against the number of tokens."""
 
-    def draw(axis: str, at: int, label: str, size: tuple[int, int], dilation: int) -> None:
-        inputs = OpInputs(size)
+    def draw(axis: str, at: int, label: str, inputs: OpInputs, dilation: int) -> None:
         calls = {impl: op_call(inputs, op(dilation, impl), False) for impl in ("cpu", "tiled")}
         if rivals.natten2dav:
             calls[rivals.NATTEN] = op_call(natten_inputs(inputs), rivals.natten_op(KERNEL, dilation), False)
         bench.curve(axis, at, bench.times(f"op forward, {label}", calls))
 
     height, width = bench.sizes.map
+    inputs = OpInputs((height, width))
     for dilation in (1, 2, 4, 7, 14, 28):
         if KERNEL * dilation <= min(height, width):
-            draw("dilation", dilation, f"d={dilation}", (height, width), dilation)
+            draw("dilation", dilation, f"d={dilation}", inputs, dilation)
     for factor in (0.5, 0.75, 1, 1.5, 2):
         size = int(height * factor), int(width * factor)
-        draw("tokens", size[0] * size[1], f"{size[0]}x{size[1]}", size, bench.sizes.dilations[0])
+        draw("tokens", size[0] * size[1], f"{size[0]}x{size[1]}", OpInputs(size), bench.sizes.dilations[0])
