@@ -63,9 +63,12 @@ with_heartbeat "downloading torch" install "${base[@]}" "$prebuild" wheel ninja 
 
 # Built once per stack and torch, then kept: a second checkout on the same machine takes the wheels from there.
 wheels=${XDG_CACHE_HOME:-$HOME/.cache}/dinat_backbones/$version-$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
-echo "[$stack] 2/4 mmcv and natten (compiled from source: about 10 + 5 minutes on 2 cores, then kept in $wheels)"
-mkdir -p "$wheels"
-mapfile -t compiled < <(grep -E '^((onedl-)?mmcv|natten)\b' "$requirements")
+compiled=()
+if [ "$stack" = classic ]; then
+  echo "[$stack] 2/4 mmcv and natten (compiled from source: about 13 + 5 minutes on 2 cores, then kept in $wheels)"
+  mkdir -p "$wheels"
+  mapfile -t compiled < <(grep -E '^(mmcv|natten)\b' "$requirements")
+fi
 for package in "${compiled[@]}"; do
   # pip leaves nothing behind when interrupted: it moves a finished wheel here.
   CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
