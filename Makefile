@@ -33,14 +33,11 @@ test-modern: setup
 	@echo "== modern stack"
 	.venv/bin/python $(PYTEST)
 
-# The shapes dataset, zoo and benchmark need no second stack.
+# What depends on versions of torch, NATTEN, OpenMMLab or Detectron2.
 test-classic: setup-classic
 	@echo "== classic stack"
-	.venv-classic/bin/python $(PYTEST) tests/test_ops.py tests/test_natten.py tests/test_attention.py tests/test_backbone.py \
-		tests/test_checkpoint.py tests/test_openmmlab.py tests/test_configs.py tests/test_classifier.py \
-		tests/test_validate.py tests/test_mmpretrain.py tests/test_convert.py tests/test_flops.py \
-		tests/test_detectron2.py tests/test_mask2former.py tests/test_mask2former_checkpoints.py \
-		tests/test_prepare_datasets.py
+	.venv-classic/bin/python $(PYTEST) tests/ops tests/checkpoint tests/adapters tests/configs tests/test_attention.py \
+		tests/test_backbone.py tests/test_classifier.py tests/cli/test_validate.py tests/cli/test_prepare.py
 
 lint: setup
 	.venv/bin/ruff check .

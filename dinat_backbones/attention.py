@@ -62,7 +62,7 @@ class NeighborhoodAttention2D(_Attention2D):
         attn_drop, proj_drop: dropout on the attention weights and on the output. With ``attn_drop > 0`` training
             materializes the weights (plain PyTorch).
         rel_pos_bias: own the learned table `rpb` ``[heads, 2K-1, 2K-1]``.
-        impl: insist on one implementation of the op (see `neighborhood_attention_2d`).
+        backend: insist on one backend of the op (see `neighborhood_attention_2d`).
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -80,7 +80,7 @@ class NeighborhoodAttention2D(_Attention2D):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         rel_pos_bias: bool = True,
-        impl: str | None = None,
+        backend: str | None = None,
     ):
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
@@ -98,7 +98,7 @@ class NeighborhoodAttention2D(_Attention2D):
         )
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.impl = impl
+        self.backend = backend
 
     def forward(self, x: torch.Tensor, return_attention: bool = False):
         """``[B, H, W, dim]`` to the same shape and dtype.
@@ -121,7 +121,7 @@ class NeighborhoodAttention2D(_Attention2D):
             x, attention = self._attend_with_weights(*(qkv.unbind(3) if isinstance(qkv, torch.Tensor) else qkv))
         else:
             settings: dict[str, Any] = dict(
-                kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale, impl=self.impl
+                kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale, backend=self.backend
             )
             if isinstance(qkv, torch.Tensor):
                 x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, **settings)

@@ -1,4 +1,4 @@
-"""NAT, DiNAT and DiNAT_s as feature pyramids: the only trunk code of the package.
+"""NAT, DiNAT and DiNAT_s as feature pyramids: the only backbone code of the package.
 
 NAT and DiNAT (arXiv 2204.07143, 2209.15001) use overlapping 3x3 convolutions to tokenize and downsample; DiNAT_s keeps
 Swin's frame (4x4 patches, 2x2 merging) around the same attention. Module names are those of the published checkpoints.
@@ -158,7 +158,7 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
-class _Trunk(nn.Module):
+class _Backbone(nn.Module):
     """What the three families share; see `NAT` for the arguments."""
 
     family: str
@@ -189,7 +189,7 @@ class _Trunk(nn.Module):
         out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
-        impl: str | None = None,
+        backend: str | None = None,
     ):
         super().__init__()
         named = self._named(arch)
@@ -239,7 +239,7 @@ class _Trunk(nn.Module):
                     attn_drop=attn_drop_rate,
                     proj_drop=drop_rate,
                     rel_pos_bias=rel_pos_bias,
-                    impl=impl,
+                    backend=backend,
                 )
                 blocks.append(Block(width, mlp_ratio, drop_rate, next(drop_path), norm_layer, layer_scale, attention))
             downsample = self.downsampler(width, norm_layer) if i + 1 < len(widths) else None
@@ -322,7 +322,7 @@ class _Trunk(nn.Module):
             )
 
 
-class NAT(_Trunk):
+class NAT(_Backbone):
     """Neighborhood Attention Transformer (arXiv 2204.07143), a pyramid of feature maps.
 
     Args:
@@ -341,7 +341,7 @@ class NAT(_Trunk):
         out_indices: stages whose normed features are returned; None for all.
         frozen_stages: -1 for none, 0 for the tokenizer, n for the tokenizer and the first n stages with their norms.
         with_cp: activation checkpointing, block by block.
-        impl: insist on one implementation of the op.
+        backend: insist on one backend of the op.
 
     Raises:
         ValueError: an unknown `arch` or setting, an `arch` of another family, arguments that do not fit together.
@@ -361,7 +361,7 @@ class DiNAT(NAT):
     family = "DiNAT"
 
 
-class DiNAT_s(_Trunk):
+class DiNAT_s(_Backbone):
     """DiNAT in Swin's frame (arXiv 2209.15001, section 3.4); arguments as for `NAT`."""
 
     family = "DiNAT_s"

@@ -1,4 +1,4 @@
-"""Image classifiers: the trunks with the ImageNet head, and every published one by its name.
+"""Image classifiers: the backbones with the ImageNet head, and every published one by its name.
 
 model = create_classifier("dinat_mini", pretrained=True)
 logits = model(images)                              # [B, 1000]
@@ -20,7 +20,7 @@ from .isotropic import Isotropic
 
 
 class _Head(nn.Module):
-    """Norm, mean over the map and a linear layer, behind a trunk that has `stage_maps`. Comes first among the bases.
+    """Norm, mean over the map and a linear layer, behind a backbone that has `stage_maps`. Comes first among the bases.
 
     Further arguments of every classifier:
         num_classes: 0 for none; the model then returns its pooled features.
@@ -35,7 +35,7 @@ class _Head(nn.Module):
     norm: nn.Module
     head: nn.Module
     global_pool: str
-    # of the trunk
+    # of the backbone
     stage_channels: tuple[int, ...]
     stage_strides: tuple[int, ...]
     stages_name: str
@@ -50,7 +50,7 @@ class _Head(nn.Module):
         norm_layer: type[nn.Module] = nn.LayerNorm,
         **kwargs: Any,
     ):
-        super().__init__(arch, norm_layer=norm_layer, **kwargs)  # type: ignore[call-arg]  # the trunk
+        super().__init__(arch, norm_layer=norm_layer, **kwargs)  # type: ignore[call-arg]  # the backbone
         self.num_features = self.stage_channels[-1]
         self.norm = norm_layer(self.num_features)
         self.reset_classifier(num_classes, global_pool)
@@ -139,7 +139,7 @@ class _Head(nn.Module):
 
 
 class _PyramidHead(_Head):
-    """`_Head` of a trunk with stages, none of which has a norm of its own."""
+    """`_Head` of a backbone with stages, none of which has a norm of its own."""
 
     def __init__(self, arch: str | None = None, **kwargs: Any):
         super().__init__(arch, out_indices=(), **kwargs)

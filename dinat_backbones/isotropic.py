@@ -25,7 +25,7 @@ class Isotropic(nn.Module):
         img_size: side of the images. It matters where attention covers the whole grid: ViT-rpb takes this size alone,
             up to what is padded to full patches. The others take any size.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        qkv_bias, qk_scale, drop_rate, attn_drop_rate, rel_pos_bias, norm_layer, in_chans, with_cp, impl: see `NAT`.
+        qkv_bias, qk_scale, drop_rate, attn_drop_rate, rel_pos_bias, norm_layer, in_chans, with_cp, backend: see `NAT`.
 
     Raises:
         ValueError: an unknown `arch`, arguments that do not fit together.
@@ -46,7 +46,7 @@ class Isotropic(nn.Module):
         norm_layer: type[nn.Module] = nn.LayerNorm,
         in_chans: int = 3,
         with_cp: bool = False,
-        impl: str | None = None,
+        backend: str | None = None,
         **shape,
     ):
         super().__init__()
@@ -70,7 +70,7 @@ class Isotropic(nn.Module):
                 return GlobalAttention2D(design.embed_dim, design.num_heads, size, **settings)
             dilation = (design.dilation_of_odd_blocks or 1) if number % 2 else 1
             return NeighborhoodAttention2D(
-                design.embed_dim, design.num_heads, design.kernel_size, dilation, impl=impl, **settings
+                design.embed_dim, design.num_heads, design.kernel_size, dilation, backend=backend, **settings
             )
 
         self.layers = nn.ModuleList(

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Draw what Mask2Former, or another model of Detectron2, finds over pictures:
+"""Draw what Mask2Former, or another model of Detectron2, finds over images:
 
     python mask2former/predict.py IMAGE|FOLDER --config CONFIG.yaml --checkpoint CHECKPOINT --out FOLDER
                                   [--task panoptic|instance|semantic] [--score 0.3] [--device cuda|cpu|...] [--force]
 
-Without --task it is the first of these that the config turns on. The rest is as in tools/predict.py: pictures keep
-their names, what is there already is skipped without --force, a picture that cannot be read is reported.
+Without --task it is the first of these that the config turns on. The rest is as in tools/predict.py: images keep
+their names, what is there already is skipped without --force, an image that cannot be read is reported.
 """
 
 import importlib.util
@@ -41,7 +41,7 @@ def load_model(config: str, checkpoint: str, device: str | None = None, task: st
         task: the only result to compute, of `TASKS`; None for those that the config turns on.
 
     Returns:
-        The model's metadata, and a function of a picture ``[H, W, 3]`` (uint8, BGR) that returns its results by name.
+        The model's metadata, and a function of an image ``[H, W, 3]`` (uint8, BGR) that returns its results by name.
 
     Raises:
         SystemExit: Detectron2 or Mask2Former is not installed.
@@ -70,12 +70,12 @@ def load_model(config: str, checkpoint: str, device: str | None = None, task: st
     load_model(model, checkpoint)
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
-    def infer(picture: Any) -> dict[str, Any]:
-        height, width = picture.shape[:2]
+    def infer(image: Any) -> dict[str, Any]:
+        height, width = image.shape[:2]
         if cfg.INPUT.FORMAT == "RGB":
-            picture = picture[..., ::-1]
-        image = resize.get_transform(picture).apply_image(picture)
-        tensor = torch.from_numpy(image.astype("float32").transpose(2, 0, 1))
+            image = image[..., ::-1]
+        resized = resize.get_transform(image).apply_image(image)
+        tensor = torch.from_numpy(resized.astype("float32").transpose(2, 0, 1))
         with torch.no_grad():
             return model([dict(image=tensor, height=height, width=width)])[0]
 
@@ -92,12 +92,12 @@ def load_predictor(
 
     def predict(path: Path, target: Path) -> str:
         try:
-            picture = read_image(str(path), "BGR")
+            image = read_image(str(path), "BGR")
         except OSError as error:
             raise tool.UnreadableError(error) from error
-        result = {name: value.to("cpu") if hasattr(value, "to") else value for name, value in infer(picture).items()}
+        result = {name: value.to("cpu") if hasattr(value, "to") else value for name, value in infer(image).items()}
         kind = next(kind for kind in TASKS.values() if kind in result)
-        visualizer = Visualizer(picture[..., ::-1], metadata)
+        visualizer = Visualizer(image[..., ::-1], metadata)
         if kind == "panoptic_seg":
             segments, infos = result[kind]
             drawn = visualizer.draw_panoptic_seg_predictions(segments.cpu(), infos)

@@ -99,13 +99,13 @@ def load_panoptic(root: Path, split: str) -> list[dict]:
 
 
 def load_cityscapes(root: Path, split: str) -> list[dict]:
-    """Dicts of the pictures and their labelTrainIds."""
-    pictures = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-    if not pictures:
-        raise FileNotFoundError(f"no pictures in {root / 'leftImg8bit' / split}: make_shapes --layout cityscapes")
+    """Dicts of the images and their labelTrainIds."""
+    images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    if not images:
+        raise FileNotFoundError(f"no images in {root / 'leftImg8bit' / split}: make_shapes --layout cityscapes")
     return [
         dict(file_name=str(path), sem_seg_file_name=str(_label_map(root, split, path.stem.split("_")[1])))
-        for path in pictures
+        for path in images
     ]
 
 

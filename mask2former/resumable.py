@@ -31,7 +31,7 @@ class SeedSteps(HookBase):
 class Batches:
     """Batch sampler: endless lists of ``(position, index)``, position counting this process's samples from 0.
 
-    The order is that of Detectron2's `TrainingSampler`. With `sizes`, batches are of landscape or of portrait pictures
+    The order is that of Detectron2's `TrainingSampler`. With `sizes`, batches are of landscape or of portrait images
     alone, formed as Detectron2's aspect-ratio grouping does it, but before anything is read: any step can be returned
     to without reading what came before.
 
@@ -76,7 +76,7 @@ class Samples(Dataset):
         position, index = place
         seed_everything(*self.key, position)
         sample = self.mapper(self.dicts[index])
-        if sample is None:  # nothing to learn from in this crop; Detectron2, too, takes another picture instead
+        if sample is None:  # nothing to learn from in this crop; Detectron2, too, takes another image instead
             return self[position, (index + 1) % len(self)]
         return sample
 
@@ -87,8 +87,8 @@ class Samples(Dataset):
             if "width" in entry and "height" in entry:
                 self._sizes[index] = entry["width"], entry["height"]
             else:
-                with Image.open(entry["file_name"]) as picture:
-                    self._sizes[index] = picture.size
+                with Image.open(entry["file_name"]) as image:
+                    self._sizes[index] = image.size
         return self._sizes[index]
 
 
@@ -123,7 +123,7 @@ def build_loader(
         total_batch_size // processes,
         samples.size if aspect_ratio_grouping else None,
     )
-    logging.getLogger("detectron2").info("%d training pictures, %d a step", len(dicts), total_batch_size)
+    logging.getLogger("detectron2").info("%d training images, %d a step", len(dicts), total_batch_size)
     return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is)
 
 

@@ -110,7 +110,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Mask2Former's: a smaller rate for the trunk, no decay of norms and embeddings, one clipping for all."""
+        """Mask2Former's: a smaller rate for the backbone, no decay of norms and embeddings, one clipping for all."""
         if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
             raise ValueError(f"SOLVER.OPTIMIZER={cfg.SOLVER.OPTIMIZER}: expected one of {', '.join(OPTIMIZERS)}")
         arguments = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SOLVER.OPTIMIZER == "SGD" else {}
@@ -182,7 +182,7 @@ class Trainer(DefaultTrainer):
 
 
 def parameter_groups(cfg: Any, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Groups for an optimizer, as few as possible: the learning rate of the trunk is BACKBONE_MULTIPLIER times the
+    """Groups for an optimizer, as few as possible: the learning rate of the backbone is BACKBONE_MULTIPLIER times the
     others', norms decay by WEIGHT_DECAY_NORM, embeddings by WEIGHT_DECAY_EMBED, all else by WEIGHT_DECAY.
 
     "All else" includes the bias tables `rpb`, which the original trainer's list of exceptions did not know either. The

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import EVERYWHERE
 from torch.nn import functional as F
 
 from dinat_backbones import NeighborhoodAttention2D
 from dinat_backbones.ops import reference
+from helpers import EVERYWHERE
 
 
 def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
@@ -18,11 +18,11 @@ def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
     return attention
 
 
-@pytest.mark.parametrize("impl", EVERYWHERE)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 30), (13, 14), (14, 13), (14, 14), (20, 9)])
-def test_small_maps_attend_to_the_padding(height, width, impl):
+def test_small_maps_attend_to_the_padding(height, width, backend):
     """Written out: padded keys and values are the bias of qkv; the golden networks hold the same numbers."""
-    attention = module(kernel_size=7, dilation=2, impl=impl)
+    attention = module(kernel_size=7, dilation=2, backend=backend)
     x = torch.randn(2, height, width, 16, requires_grad=True)
     got = attention(x)
     assert got.shape == x.shape

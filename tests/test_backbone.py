@@ -1,12 +1,12 @@
-"""The trunks against the original code's outputs and gradients (golden arrays), and their behaviour as backbones."""
+"""The backbones against the original code's outputs and gradients (golden arrays), and their behaviour as backbones."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYWHERE, GOLDEN, fill_by_name, load_golden
 
 import dinat_backbones
 from dinat_backbones import NAT, DiNAT, DiNAT_s, backbone, zoo
+from helpers import EVERYWHERE, GOLDEN, fill_by_name, load_golden, published_state
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
 NETS = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -22,11 +22,11 @@ def golden_input(meta):
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("impl", EVERYWHERE)
-def test_golden(name, impl):
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_golden(name, backend):
     """Features, loss and gradients of the original code with natten 0.14.6, padded stages included."""
     meta, arrays = load_golden(name)
-    model, x = golden_model(meta, impl=impl), golden_input(meta).requires_grad_()
+    model, x = golden_model(meta, backend=backend), golden_input(meta).requires_grad_()
     outs = model(x)
     loss = sum(out.square().mean() for out in outs)
     loss.backward()
@@ -44,45 +44,6 @@ def test_golden(name, impl):
         assert np.abs(parameters[table].grad.numpy() - arrays[f"grad_{table}"]).max() <= 1e-4
 
 
-def published_state(family, embed_dim, depths, num_heads, mlp_ratio, layer_scale):
-    """Names and shapes of a published trunk, typed from the description of the release (facts, not our modules)."""
-    shapes = {}
-    conv = family != "DiNAT_s"
-    if conv:
-        shapes |= {"patch_embed.proj.0.weight": (embed_dim // 2, 3, 3, 3), "patch_embed.proj.0.bias": (embed_dim // 2,)}
-        shapes |= {
-            "patch_embed.proj.1.weight": (embed_dim, embed_dim // 2, 3, 3),
-            "patch_embed.proj.1.bias": (embed_dim,),
-        }
-    else:
-        shapes |= {"patch_embed.proj.weight": (embed_dim, 3, 4, 4), "patch_embed.proj.bias": (embed_dim,)}
-    norms = ["patch_embed.norm"]
-    widths = {"patch_embed.norm": embed_dim}
-    for i, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
-        dim, stage = embed_dim * 2**i, f"{'levels' if conv else 'layers'}.{i}"
-        for j in range(depth):
-            block = f"{stage}.blocks.{j}"
-            for layer, (rows, columns) in {
-                "attn.qkv": (3 * dim, dim),
-                "attn.proj": (dim, dim),
-                "mlp.fc1": (int(dim * mlp_ratio), dim),
-                "mlp.fc2": (dim, int(dim * mlp_ratio)),
-            }.items():
-                shapes |= {f"{block}.{layer}.weight": (rows, columns), f"{block}.{layer}.bias": (rows,)}
-            shapes[f"{block}.attn.rpb"] = (heads, 13, 13)
-            if layer_scale is not None:
-                shapes |= {f"{block}.gamma1": (dim,), f"{block}.gamma2": (dim,)}
-            widths |= {f"{block}.norm1": dim, f"{block}.norm2": dim}
-        if i + 1 < len(depths):
-            down = f"{stage}.downsample"
-            shapes[f"{down}.reduction.weight"] = (2 * dim, dim, 3, 3) if conv else (2 * dim, 4 * dim)
-            widths[f"{down}.norm"] = 2 * dim if conv else 4 * dim
-        widths[f"norm{i}"] = dim
-    for norm in {*norms, *widths}:
-        shapes |= {f"{norm}.weight": (widths[norm],), f"{norm}.bias": (widths[norm],)}
-    return shapes
-
-
 @pytest.mark.parametrize("name", list(zoo.ARCHS))
 def test_published_names_and_shapes(name):
     arch = zoo.ARCHS[name]
@@ -95,7 +56,7 @@ def test_published_names_and_shapes(name):
 
 @pytest.mark.parametrize("row", [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values()], ids=lambda row: row.name)
 def test_arch_and_setting_equal_the_written_out_arguments(row):
-    """`arch=`, `dilations=` name the same trunk as the plain keyword arguments of the published config."""
+    """`arch=`, `dilations=` name the same backbone as the plain keyword arguments of the published config."""
     with torch.device("meta"):
         family = FAMILIES[zoo.ARCHS[row.arch].family]
         named = family(arch=row.arch, dilations=row.dilations, drop_path_rate=row.drop_path_rate)

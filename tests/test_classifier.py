@@ -5,13 +5,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, fill_by_name, load_golden
-from test_backbone import published_state
 
 from dinat_backbones import DiNAT, NeighborhoodAttention2D, create_classifier, list_models, zoo
 from dinat_backbones.attention import GlobalAttention2D
 from dinat_backbones.checkpoint import load_backbone, load_classifier, resize_rpb
 from dinat_backbones.classifier import DiNAT_sClassifier, DiNATClassifier, IsotropicClassifier, NATClassifier
+from helpers import GOLDEN, assert_near, fill_by_name, load_golden, published_state
 
 GOLDEN_CLASSIFIERS = sorted(path.stem for path in GOLDEN.glob("cls_*.npz"))
 SMALL = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.0)
@@ -82,10 +81,10 @@ def test_published_names_and_shapes(name):
     if arch in zoo.ISOTROPIC:
         expected, width = isotropic_state(arch), zoo.ISOTROPIC[arch].embed_dim
     else:
-        trunk = zoo.ARCHS[arch]
-        values = (trunk.embed_dim, trunk.depths, trunk.num_heads, trunk.mlp_ratio, trunk.layer_scale)
-        width = trunk.embed_dim * 8
-        expected = {k: v for k, v in published_state(trunk.family, *values).items() if not k.startswith("norm")}
+        backbone = zoo.ARCHS[arch]
+        values = (backbone.embed_dim, backbone.depths, backbone.num_heads, backbone.mlp_ratio, backbone.layer_scale)
+        width = backbone.embed_dim * 8
+        expected = {k: v for k, v in published_state(backbone.family, *values).items() if not k.startswith("norm")}
         if "11x11" in name:
             expected = {k: (*v[:1], 21, 21) if k.endswith("rpb") else v for k, v in expected.items()}
     expected |= {"norm.weight": (width,), "norm.bias": (width,)}
@@ -162,20 +161,20 @@ def test_unknown_arguments_are_not_ignored(made):
 
 
 def test_window_over_the_whole_map_is_global_attention():
-    """Odd sizes, where the op can do it, too; forward and gradients."""
-    full, window = GlobalAttention2D(8, 2, 7), NeighborhoodAttention2D(8, 2, 7, impl="reference")
+    """Odd sizes, where the op can do it, too; forward and gradients, in float64: no machine's rounding matters."""
+    full, window = GlobalAttention2D(8, 2, 7), NeighborhoodAttention2D(8, 2, 7, backend="reference")
     fill_by_name(full)
     state = full.state_dict()
     del state["relative_position_index"]
     window.load_state_dict(state)
+    full.double(), window.double()
     results = []
     for module in (full, window):
-        x = torch.randn(2, 7, 7, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(2, 7, 7, 8, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
         out = module(x)
         out.square().sum().backward()
         results.append((out, x.grad, module.rpb.grad, module.qkv.weight.grad))
-    for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5
+    assert_near(*results, tolerance=1e-13)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6])
@@ -405,13 +404,13 @@ def test_create_classifier_with_a_file(tmp_path):
         create_classifier("dinat_mini", pretrained=tmp_path / "none.pth")
 
 
-def test_trunk_of_the_last_stage_alone_takes_the_norm_of_the_classifier(saved, caplog):
+def test_backbone_of_the_last_stage_alone_takes_the_norm_of_the_classifier(saved, caplog):
     """It then returns what the head of the classifier sees; a pyramid keeps its own norms."""
     model, path = saved
-    trunk = DiNAT(**SMALL, dilations=[[2], [1, 2]], out_indices=[1]).eval()
-    assert "norm1.weight" in load_backbone(trunk, path).loaded
+    backbone = DiNAT(**SMALL, dilations=[[2], [1, 2]], out_indices=[1]).eval()
+    assert "norm1.weight" in load_backbone(backbone, path).loaded
     with torch.no_grad():
-        assert torch.equal(trunk(images())[0], model.forward_features(images()))
+        assert torch.equal(backbone(images())[0], model.forward_features(images()))
     pyramid = DiNAT(**SMALL, dilations=[[2], [1, 2]])
     assert "norm1.weight" in load_backbone(pyramid, path).missing
     first = DiNAT(**SMALL, dilations=[[2], [1, 2]], out_indices=[0])

@@ -4,8 +4,8 @@
     python tools/benchmark.py op|backbone|train-step|memory|growth|bf16|all [--quick] [--threads N] [--out FILE]
     python tools/benchmark.py gpu [--dry-run] [--out FILE]
 
-Results are compared first (parity) and nothing is timed if they differ. Competitors run in the same process and take
-turns with ours; the figures are medians over the rounds. They go to FILE (JSON), curves to a picture beside it. The
+Results are compared first (parity) and nothing is timed if they differ. Baselines run in the same process and take
+turns with ours; the figures are medians over the rounds. They go to FILE (JSON), curves to an image beside it. The
 rows against natten 0.14.6, which has a bias table and runs on the CPU, need the classic environment (`make
 bench-classic`). `gpu` measures the op and a training step on a GPU in bfloat16; with --dry-run it goes through all of
 it on a CPU at tiny sizes. Give the machine nothing else to do.
@@ -30,7 +30,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torchvision
-from benchmarks import backbones, gpu, memory, op, plot, rivals  # noqa: F401
+from benchmarks import backbones, baselines, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
 from dinat_backbones.ops import cpu
@@ -79,7 +79,7 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "all", "gpu"])
-    parser.add_argument("--rounds", type=_positive, help="turns of every competitor (default: 5; with --quick 3)")
+    parser.add_argument("--rounds", type=_positive, help="turns of every baseline (default: 5; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="tiny maps, to try the program; the figures mean nothing")
     parser.add_argument("--dry-run", action="store_true", help="gpu suite: run all of it on a CPU, at tiny sizes")

@@ -3,8 +3,8 @@
 
     python tools/demo.py [mask-rcnn|cascade-mask-rcnn|upernet|mask2former|panoptic] [--restart]
 
-All but `panoptic`, which is Mask2Former in Detectron2, are models of OpenMMLab. The picture,
-work_dirs/demo/MODEL.png, has ground truth beside predictions. An interrupted run goes on from its last checkpoint, a
+All but `panoptic`, which is Mask2Former in Detectron2, are models of OpenMMLab. The image,
+work_dirs/demo/MODEL.png, has annotations beside predictions. An interrupted run goes on from its last checkpoint, a
 finished one is only drawn anew. It is an error if the metric stays below what `DEMOS` demands.
 """
 
@@ -38,7 +38,7 @@ class Demo:
     """One of the models.
 
     Attributes:
-        title: for the picture.
+        title: for the image.
         metrics: what is printed, by its name in the framework's metrics; the first one has to reach `required`.
         required: in the units of the framework: AP is a fraction in OpenMMLab, all else is in percent.
         size, images: the size of the images in pixels, and the number to train on.
@@ -100,7 +100,7 @@ DEMOS = {
 
 
 def main() -> None:
-    """Do what is still to be done of: data, training, evaluation, picture."""
+    """Do what is still to be done of: data, training, evaluation, image."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", choices=DEMOS, default="mask-rcnn", help="default: %(default)s")
     parser.add_argument("--restart", action="store_true", help="throw the last training away and start afresh")
@@ -108,20 +108,20 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets `_run` stop its command
     os.chdir(ROOT)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    demo, picture = DEMOS[args.model], FOLDER / f"{args.model}.png"
+    demo, image = DEMOS[args.model], FOLDER / f"{args.model}.png"
     start = time.monotonic()
     try:
         with _sole_run() as lock:
             training = FOLDER / args.model
             config = Path(demo.framework.config.format(model=args.model))
             metrics = _train_and_evaluate(demo, config, training, args.restart, lock)
-            draw(demo.framework.predictions(config, training, demo.data, SHOWN_IMAGES), picture, demo, metrics)
+            draw(demo.framework.predictions(config, training, demo.data, SHOWN_IMAGES), image, demo, metrics)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
     print(f"\non {SHAPES['val']} unseen images:")
     for key, name in demo.metrics.items():
         print(f"{name:>10} {metrics[key]:6.3f}")
-    print(f"picture: {picture}\ntime of this run: {time.monotonic() - start:.0f} s")
+    print(f"image: {image}\ntime of this run: {time.monotonic() - start:.0f} s")
     key, name = next(iter(demo.metrics.items()))
     if metrics[key] < demo.required:
         sys.exit(f"{name} is {metrics[key]:.3f}, below the {demo.required:.2f} that this demo must reach")
@@ -175,15 +175,15 @@ def _sole_run() -> Iterator[int]:
         yield lock.fileno()
 
 
-# The picture
+# The image
 
 
 def draw(predictions: list[list[Segment]], path: Path, demo: Demo, metrics: dict[str, float]) -> None:
-    """Draw the first validation images to `path` (PNG): ground truth to the left, predictions to the right of it.
+    """Draw the first validation images to `path` (PNG): annotations to the left, predictions to the right of it.
 
     Args:
         predictions: of the first validation images.
-        path: the picture.
+        path: the image.
         demo: which one it is.
         metrics: for the title.
     """
@@ -196,11 +196,11 @@ def draw(predictions: list[list[Segment]], path: Path, demo: Demo, metrics: dict
     colours = plt.get_cmap("Dark2").colors
     rows = SHOWN_IMAGES // 2
     figure, axes = plt.subplots(rows, 4, figsize=(14, 3.5 * rows + 1.2), layout="constrained", squeeze=False)
-    for axis, heading in zip(axes[0], ("ground truth", "prediction") * 2, strict=True):
+    for axis, heading in zip(axes[0], ("annotations", "prediction") * 2, strict=True):
         axis.set_title(heading, fontsize=14)
     for axis in axes.flat:
         axis.set_axis_off()
-    shown = zip(_truth(demo.data), predictions, strict=True)
+    shown = zip(_annotated(demo.data), predictions, strict=True)
     for index, ((file, true), found) in enumerate(shown):
         pair, pixels = axes[index // 2, index % 2 * 2 :][:2], plt.imread(file)
         for axis, segments in zip(pair, (true, found), strict=True):
@@ -215,7 +215,7 @@ def draw(predictions: list[list[Segment]], path: Path, demo: Demo, metrics: dict
     partial.rename(path)
 
 
-def _truth(data: Path) -> list[tuple[Path, list[Segment]]]:
+def _annotated(data: Path) -> list[tuple[Path, list[Segment]]]:
     content = json.loads((data / "annotations" / "instances_val.json").read_text())
     shown = {image["id"]: (data / "val" / image["file_name"], []) for image in content["images"][:SHOWN_IMAGES]}
     for annotation in content["annotations"]:

@@ -4,8 +4,8 @@
     python tools/export.py dinat_tiny --dilations coco --format onnx --size 800x1280 [--dynamic-batch] [--dynamic-size]
     python tools/export.py upernet_dinat_mini --checkpoint FILE --format pt2 --size 512x512 --check [--out FILE]
 
-MODEL is a trunk (dinat_mini, dinat_s_tiny, ...), a published segmentation model by its name in `dinat_backbones.zoo`,
-or an mmseg config. The exported graph takes images ``[batch, 3, H, W]``, float32, already normalised; a trunk gives its
+MODEL is a backbone (dinat_mini, dinat_s_tiny, ...), a published segmentation model by its name in `dinat_backbones.zoo`,
+or an mmseg config. The exported graph takes images ``[batch, 3, H, W]``, float32, already normalised; a backbone gives its
 maps `stage0` ... as ``[batch, C_i, H / stride, W / stride]``, a segmentor `logits` ``[batch, classes, H, W]``. It holds
 standard operations only. Without a checkpoint the weights are random.
 
@@ -73,7 +73,7 @@ class AveragePool(nn.Module):
 
 
 class Segmentor(nn.Module):
-    """Trunk and decode head of an mmseg `EncoderDecoder`, its logits resized to the image."""
+    """Backbone and decode head of an mmseg `EncoderDecoder`, its logits resized to the image."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -96,15 +96,15 @@ def build(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
     """
     try:
         if name in zoo.ARCHS:
-            return _trunk(name, dilations, checkpoint)
+            return _backbone(name, dilations, checkpoint)
         if dilations:
-            raise Error(f"--dilations {dilations} goes with the name of a trunk; {name} has its own")
+            raise Error(f"--dilations {dilations} goes with the name of a backbone; {name} has its own")
         return _segmentor(name, checkpoint)
     except (OSError, ValueError) as error:
         raise Error(str(error)) from error
 
 
-def _trunk(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
+def _backbone(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
     family = getattr(dinat_backbones, zoo.ARCHS[name].family)
     model = family(arch=name, dilations=dilations)
     if checkpoint:
@@ -270,9 +270,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="see the head of this file")
     parser.add_argument(
-        "model", metavar="MODEL|CONFIG", help="a trunk, a published segmentation model, an mmseg config"
+        "model", metavar="MODEL|CONFIG", help="a backbone, a published segmentation model, an mmseg config"
     )
-    parser.add_argument("--dilations", choices=zoo.DILATION_SETTINGS, help="published setting of a trunk (default: 1)")
+    parser.add_argument(
+        "--dilations", choices=zoo.DILATION_SETTINGS, help="published setting of a backbone (default: 1)"
+    )
     parser.add_argument("--checkpoint", help="file or http(s) address")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")
     parser.add_argument("--size", type=_size, required=True, metavar="HxW", help="of the image, as in 800x1280")

@@ -7,8 +7,8 @@
 
 A published model goes by its name in `dinat_backbones.zoo` or its config, Detectron2's Mask2Former by its YAML file;
 classifiers have none. MACs are counted as the published ones were (fvcore's convention, see
-dinat_backbones/ops/flops.py): of a detector the trunk, neck, RPN head, every box head on 1000 proposals and every mask
-head on 100, at 1280 x 800; of a segmentor the trunk and the decode head, but not the auxiliary head, at 2048 x 512, or
+dinat_backbones/ops/flops.py): of a detector the backbone, neck, RPN head, every box head on 1000 proposals and every mask
+head on 100, at 1280 x 800; of a segmentor the backbone and the decode head, but not the auxiliary head, at 2048 x 512, or
 2560 x 640 for the models of that size; of a classifier everything, at its own size. Parameters are all trainable ones.
 
 Nothing is computed: models are built on torch's meta device. Only Mask2Former's head runs, on zeros: shapes depend on
@@ -133,7 +133,7 @@ def _usual_size(row: Any, cfg: Any) -> tuple[int, int]:
 
 
 def _features(model: nn.Module, size: tuple[int, int]) -> tuple[int, Any]:
-    """MACs of trunk and neck, and their feature maps."""
+    """MACs of backbone and neck, and their feature maps."""
     width, height = size
     features: Any = None
 

@@ -4,7 +4,7 @@
     python tools/make_shapes.py OUT [--layout coco|coco-panoptic|ade20k|cityscapes ...] [--train N] [--val N]
                                     [--size PX] [--seed S]
 
-| layout        | pictures                                  | ground truth                                           |
+| layout        | images                                  | annotations                                           |
 |---------------|-------------------------------------------|--------------------------------------------------------|
 | coco          | OUT/{train,val}/*.jpg                     | OUT/annotations/instances_{train,val}.json             |
 | coco-panoptic | OUT/{train,val}/*.jpg                     | OUT/annotations/panoptic_{train,val}.json, and *.png   |
@@ -48,7 +48,7 @@ MIN_CONTRAST = 80.0  # between a shape's mean colour and what it is painted on, 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what is to be seen in it.
+    """One image and what is to be seen in it.
 
     Attributes:
         image: ``[size, size, 3]`` uint8, RGB.
@@ -112,7 +112,7 @@ def _coverage(rng: np.random.Generator, name: str, radius: float, size: int) -> 
     """How much of each pixel a randomly placed and rotated shape covers: ``[size, size]`` float in 0..1."""
     angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.0)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    # mostly inside the picture; the margin is smaller than the radius so that borders cut some shapes
+    # mostly inside the image; the margin is smaller than the radius so that borders cut some shapes
     centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
     large = Image.new("L", (size * OVERSAMPLING,) * 2)
     draw = ImageDraw.Draw(large)
@@ -172,17 +172,17 @@ def _write_scene(folder: Path, layouts: Sequence[str], split: str, size: int, se
     segments = [_segment(kind, mask) for kind, mask in masks if mask.any()]
 
     image = Image.fromarray(drawn.image)
-    for path, truth in _files(folder, layouts, split, index).items():
-        if truth is None:
-            # a COCO or ADE20K picture; Cityscapes has its own without loss
+    for path, expected in _files(folder, layouts, split, index).items():
+        if expected is None:
+            # a COCO or ADE20K image; Cityscapes has its own without loss
             image.save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
-        elif truth == "coco-panoptic":
+        elif expected == "coco-panoptic":
             numbers = np.zeros((size, size, 3), np.uint8)
             for number, (_, mask) in enumerate(masks, 1):
                 numbers[mask] = (number, 0, 0)  # red + 256 green + 65536 blue is the segment's id
             Image.fromarray(numbers).save(path)
         else:
-            Image.fromarray(labels + (truth == "ade20k")).save(path)
+            Image.fromarray(labels + (expected == "ade20k")).save(path)
     return segments
 
 
@@ -194,7 +194,7 @@ def _segment(kind: int, mask: np.ndarray) -> dict:
 
 
 def _files(folder: Path, layouts: Sequence[str], split: str, index: int) -> dict[Path, str | None]:
-    """The files of one scene: a picture (None) or the ground truth of a layout."""
+    """The files of one scene: an image (None) or the annotations of a layout."""
     name, files = f"{index:06d}", {}
     if "coco" in layouts or "coco-panoptic" in layouts:
         files[folder / split / f"{name}.jpg"] = None
@@ -255,7 +255,7 @@ def _panoptic(scenes: list[list[dict]]) -> list[dict]:
     for image_id, segments in enumerate(scenes, 1):
         infos = [{"id": i} | segment for i, segment in enumerate(segments, 1)]
         for info in infos:
-            del info["segmentation"]  # which is in the picture
+            del info["segmentation"]  # which is in the image
         annotations.append(dict(image_id=image_id, file_name=f"{image_id - 1:06d}.png", segments_info=infos))
     return annotations
 

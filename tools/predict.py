@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Draw what a detector or a segmentor finds over pictures:
+"""Draw what a detector or a segmentor finds over images:
 
     python tools/predict.py IMAGE|FOLDER --config CONFIG --checkpoint CHECKPOINT --out FOLDER
                             [--score 0.3] [--device cuda|cpu|...] [--force]
 
-Instances with boxes and masks, panoptic or semantic maps, whatever the config's model gives. The pictures keep their
+Instances with boxes and masks, panoptic or semantic maps, whatever the config's model gives. The images keep their
 names (and their places below FOLDER). What is in the out folder already is skipped without --force, so that an
-interrupted run goes on where it stopped. A picture that cannot be read is reported, and the others are done.
+interrupted run goes on where it stopped. An image that cannot be read is reported, and the others are done.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def main() -> None:
 def argument_parser(description: str, config: str) -> argparse.ArgumentParser:
     """The command line without what is particular to a framework; `config` says whose config it is."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("pictures", type=Path, metavar="IMAGE|FOLDER", help=f"folders are searched for {SUFFIXES}")
+    parser.add_argument("images", type=Path, metavar="IMAGE|FOLDER", help=f"folders are searched for {SUFFIXES}")
     parser.add_argument("--config", required=True, help=config)
     parser.add_argument("--checkpoint", required=True, help="file or http(s) address")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the drawn pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
     parser.add_argument("--score", type=float, default=0.3, help="least score of an instance (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--force", action="store_true", help="draw again what is in the out folder")
@@ -43,16 +43,16 @@ def argument_parser(description: str, config: str) -> argparse.ArgumentParser:
 
 def draw_all(args: argparse.Namespace, load: Callable[[], Callable[[Path, Path], str]]) -> None:
     """Do what the command line says; `load` returns what `load_predictor` here does, and raises what that raises."""
-    root = args.pictures if args.pictures.is_dir() else args.pictures.parent
-    pictures = find_pictures(args.pictures)
-    if not pictures:
-        stop(f"{args.pictures}: {'no pictures there' if args.pictures.is_dir() else 'not there'}")
-    targets = {path: args.out / path.relative_to(root) for path in pictures}
+    root = args.images if args.images.is_dir() else args.images.parent
+    images = find_images(args.images)
+    if not images:
+        stop(f"{args.images}: {'no images there' if args.images.is_dir() else 'not there'}")
+    targets = {path: args.out / path.relative_to(root) for path in images}
     if any(target.resolve() == path.resolve() for path, target in targets.items()):
-        stop(f"--out {args.out} is where the pictures are; name another folder")
-    to_do = [path for path in pictures if args.force or not targets[path].exists()]
-    if len(to_do) < len(pictures):
-        print(f"{len(pictures) - len(to_do)} of {len(pictures)} pictures are there already (--force draws them again)")
+        stop(f"--out {args.out} is where the images are; name another folder")
+    to_do = [path for path in images if args.force or not targets[path].exists()]
+    if len(to_do) < len(images):
+        print(f"{len(images) - len(to_do)} of {len(images)} images are there already (--force draws them again)")
     if not to_do:
         return
     try:
@@ -72,18 +72,18 @@ def draw_all(args: argparse.Namespace, load: Callable[[], Callable[[Path, Path],
             flush=True,
         )
     if failed:
-        sys.exit(f"{len(failed)} of {len(to_do)} pictures could not be read")
+        sys.exit(f"{len(failed)} of {len(to_do)} images could not be read")
 
 
-def find_pictures(path: Path) -> list[Path]:
-    """The picture itself, or all pictures anywhere below a folder, sorted."""
+def find_images(path: Path) -> list[Path]:
+    """The image itself, or all images anywhere below a folder, sorted."""
     if not path.is_dir():
         return [path] if path.is_file() else []
     return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
 
 
 class UnreadableError(Exception):
-    """A file is no picture."""
+    """A file is no image."""
 
 
 def load_predictor(
@@ -92,8 +92,8 @@ def load_predictor(
     """Build a config's model with the weights of a checkpoint.
 
     Returns:
-        A function of a picture's path and the path to draw it to, which returns in words what was found. It raises
-        `UnreadableError` if the file is no picture.
+        A function of an image's path and the path to draw it to, which returns in words what was found. It raises
+        `UnreadableError` if the file is no image.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint is not there or does not fit the model.
@@ -120,13 +120,13 @@ def load_predictor(
 
     def predict(path: Path, target: Path) -> str:
         try:
-            picture = mmcv.imread(str(path))
+            image = mmcv.imread(str(path))
         except OSError as error:
             raise UnreadableError(error) from error
-        if picture is None:
-            raise UnreadableError("no picture, or damaged")
-        size = picture.shape[:2]
-        data = pipeline(dict(img=picture, img_path=str(path), img_id=0, img_shape=size, ori_shape=size))
+        if image is None:
+            raise UnreadableError("no image, or damaged")
+        size = image.shape[:2]
+        data = pipeline(dict(img=image, img_path=str(path), img_id=0, img_shape=size, ori_shape=size))
         with torch.no_grad():
             (result,) = model.test_step({key: [value] for key, value in data.items()})
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def load_predictor(
         scores = {"pred_score_thr": score} if "pred_instances" in result else {}
         try:
             visualizer.add_datasample(
-                path.name, picture[..., ::-1], result, draw_gt=False, out_file=str(partial), **scores
+                path.name, image[..., ::-1], result, draw_gt=False, out_file=str(partial), **scores
             )
             os.replace(partial, target)
         finally:

@@ -106,16 +106,16 @@ def coco(root: Path, split: str, workers: int) -> None:
 
 
 def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers: int = 1) -> None:
-    """Write a label map for each picture of panoptic annotations.
+    """Write a label map for each image of panoptic annotations.
 
     Args:
         annotations: in COCO's panoptic format.
-        source: folder of its pictures.
-        target: folder for 8-bit pictures of the same names; a pixel is the position of its class in "categories".
+        source: folder of its images.
+        target: folder for 8-bit images of the same names; a pixel is the position of its class in "categories".
         workers: number of processes.
 
     Raises:
-        ValueError: a picture that doesn't belong to the annotations; more classes than 8 bits can tell apart.
+        ValueError: an image that doesn't belong to the annotations; more classes than 8 bits can tell apart.
     """
     content = json.loads(annotations.read_text())
     labels = {category["id"]: i for i, category in enumerate(content["categories"])}
@@ -126,7 +126,7 @@ def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers:
 
 
 def _semantic(source: Path, target: Path, labels: dict[int, int], entry: dict) -> None:
-    path = folder_of(source / entry["file_name"], "unpack the pictures that belong to the annotations")
+    path = folder_of(source / entry["file_name"], "unpack the images that belong to the annotations")
     colours = np.asarray(Image.open(path).convert("RGB"), dtype=np.uint32)
     ids, positions = np.unique(colours @ np.array([1, 256, 65536], dtype=np.uint32), return_inverse=True)
     classes = {segment["id"]: labels[segment["category_id"]] for segment in entry["segments_info"]} | {0: UNLABELLED}
@@ -182,7 +182,7 @@ def _ade_image(base: Path, folder: str, name: str) -> dict:
 
 
 def _ade_things(base: Path, folder: str, name: str) -> list[tuple[int, np.ndarray]]:
-    """Label and mask of each instance; the pictures have the class, from 1, in red and the instance in green."""
+    """Label and mask of each instance; the images have the class, from 1, in red and the instance in green."""
     path = folder_of(base / "annotations_instance" / folder / f"{name}.png", f"get {ADE_INSTANCES} and unpack it here")
     classes, numbers, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB")), -1, 0)
     things = []
@@ -218,12 +218,12 @@ def _ade_panoptic(base: Path, folder: str, target: Path, name: str) -> tuple[dic
     """
     labels = np.asarray(Image.open(base / "annotations" / folder / f"{name}.png")).astype(int) - 1
     stuff = [(label, labels == label) for label in np.unique(labels).tolist() if label in ade20k.STUFF]
-    picture = np.zeros((*labels.shape, 3), dtype=np.uint8)
+    segment_map = np.zeros((*labels.shape, 3), dtype=np.uint8)
     segments = []
     for number, (label, mask) in enumerate(stuff + _ade_things(base, folder, name), 1):
-        picture[mask] = (number % 256, number // 256, 0)
+        segment_map[mask] = (number % 256, number // 256, 0)
         segments.append(dict(id=number, category_id=label) | _measures(mask))
-    save_image(picture, target / f"{name}.png")
+    save_image(segment_map, target / f"{name}.png")
     image = _ade_image(base, folder, name)
     return image, dict(image_id=name, file_name=f"{name}.png", segments_info=segments)
 

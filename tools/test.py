@@ -125,7 +125,7 @@ def _missing_for_metrics(cfg: Any, part: str) -> list[str]:
 def missing(dataset: Any) -> list[str]:
     """What a dataset of mmdet or mmseg that was built with `lazy_init=True` does not find, in words.
 
-    Folders and annotation files; then, where annotations name pictures or pictures belong to label maps, those files.
+    Folders and annotation files; then, where annotations name images or images belong to label maps, those files.
     """
     folders = {key: Path(value) for key, value in dataset.data_prefix.items() if value}
     words = [f"folder {folder}" for folder in folders.values() if not folder.is_dir()]
@@ -140,10 +140,10 @@ def missing(dataset: Any) -> list[str]:
         if "seg" in folders:
             wanted["seg"] = {annotation["file_name"] for annotation in content["annotations"]}
     elif "seg_map_path" in folders and "img_path" in folders:
-        pictures = [name for name in _files(folders["img_path"]) if name.endswith(dataset.img_suffix)]
-        if not pictures:
-            words.append(f"pictures named *{dataset.img_suffix} in folder {folders['img_path']}")
-        wanted["seg_map_path"] = {n.removesuffix(dataset.img_suffix) + dataset.seg_map_suffix for n in pictures}
+        images = [name for name in _files(folders["img_path"]) if name.endswith(dataset.img_suffix)]
+        if not images:
+            words.append(f"images named *{dataset.img_suffix} in folder {folders['img_path']}")
+        wanted["seg_map_path"] = {n.removesuffix(dataset.img_suffix) + dataset.seg_map_suffix for n in images}
     for key, names in wanted.items():
         absent = sorted(names - _files(folders[key]))
         if absent:

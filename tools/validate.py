@@ -6,8 +6,8 @@
     python tools/validate.py FOLDER --table                     # all 22 published models
     python tools/validate.py FOLDER MODEL --checkpoint FILE     # your own weights, for the classes of your own folder
 
-FOLDER has one folder of pictures per class, named by its WordNet id (n01440764, ...), as torchvision's ImageFolder
-reads them, or is the folder above such a "val". MODEL is one of `dinat_backbones.list_models()`. Pictures are resized
+FOLDER has one folder of images per class, named by its WordNet id (n01440764, ...), as torchvision's ImageFolder
+reads them, or is the folder above such a "val". MODEL is one of `dinat_backbones.list_models()`. Images are resized
 bicubically and cropped as published: for 224 pixels the middle of 256, for 384 the middle of 384.
 
 What has been counted is kept in --state (work_dirs/validate), so that an interrupted run goes on where it stopped and a
@@ -135,7 +135,7 @@ def validate(name: str, args: argparse.Namespace) -> Tally:
     """Measure one model, going on where an earlier run stopped.
 
     Raises:
-        ValidationError: the folder, its classes or a picture are not what they should be.
+        ValidationError: the folder, its classes or an image are not what they should be.
         OSError, ValueError: the checkpoint is not there, cannot be downloaded or does not fit.
     """
     row = ROWS[name]
@@ -200,7 +200,7 @@ def load(name: str, checkpoint: str | None, dataset: Any) -> nn.Module:
     classes = len(dataset.classes)
     model = create_classifier(name, num_classes=classes)
     if "head.weight" not in load_classifier(model, checkpoint).loaded:
-        raise ValidationError(f"{checkpoint} is for another number of classes than the {classes} folders of pictures")
+        raise ValidationError(f"{checkpoint} is for another number of classes than the {classes} folders of images")
     return model
 
 
@@ -208,7 +208,7 @@ def load(name: str, checkpoint: str | None, dataset: Any) -> nn.Module:
 
 
 def find_images(folder: Path, row: Any, any_classes: bool) -> Any:
-    """The pictures of an ImageNet validation folder, or with `any_classes` of any folder of classes, in sorted order.
+    """The images of an ImageNet validation folder, or with `any_classes` of any folder of classes, in sorted order.
 
     Raises:
         ValidationError: it is no such folder; says what was expected and what is there.
@@ -222,7 +222,7 @@ def find_images(folder: Path, row: Any, any_classes: bool) -> Any:
     if not classes:
         loose = sum(entry.is_file() for entry in os.scandir(folder))
         raise ValidationError(
-            f"{wrong}expected one folder per class, such as n01440764, with its pictures inside; found "
+            f"{wrong}expected one folder per class, such as n01440764, with its images inside; found "
             + (f"{loose} files and no folder: sort them into folders of their classes" if loose else "nothing")
         )
     if not any_classes:
@@ -244,15 +244,15 @@ def find_images(folder: Path, row: Any, any_classes: bool) -> Any:
     ]
     try:
         return datasets.ImageFolder(str(folder), transforms.Compose(steps), loader=_open)
-    except FileNotFoundError as error:  # a class without pictures
+    except FileNotFoundError as error:  # a class without images
         raise ValidationError(f"{wrong}{str(error).splitlines()[0]}") from error
 
 
 def _open(path: str) -> Any:
     try:
         return datasets.folder.pil_loader(path)
-    except Exception as error:  # damaged pictures raise nearly anything
-        raise OSError(f"{path} cannot be read as a picture: {error}") from error
+    except Exception as error:  # damaged images raise nearly anything
+        raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -266,8 +266,8 @@ def _fingerprint(name: str, args: argparse.Namespace, dataset: Any) -> str:
         if os.path.exists(weights):
             status = os.stat(weights)
             weights = (str(Path(weights).resolve()), status.st_size, status.st_mtime_ns)
-    pictures = [(os.path.relpath(path, dataset.root), target) for path, target in dataset.samples]
-    what = json.dumps([name, weights, str(Path(dataset.root).resolve()), pictures, args.amp])
+    images = [(os.path.relpath(path, dataset.root), target) for path, target in dataset.samples]
+    what = json.dumps([name, weights, str(Path(dataset.root).resolve()), images, args.amp])
     return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-# What all Mask2Former configs share: the trunk, with 11x11 neighborhoods, and which of its parameters are trained how.
+# What all Mask2Former configs share: the backbone, with 11x11 neighborhoods, and which of its parameters are trained how.
 dinat_large = dict(
     type="DiNAT",
     embed_dim=192,

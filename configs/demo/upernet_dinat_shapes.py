@@ -27,7 +27,7 @@ model = dict(
         dropout_ratio=0.0,
         loss_decode=balance,
     ),
-    # weighs as much as the decoder: it is what teaches a trunk from scratch the classes
+    # weighs as much as the decoder: it is what teaches a backbone from scratch the classes
     auxiliary_head=dict(
         in_channels=128,
         in_index=1,

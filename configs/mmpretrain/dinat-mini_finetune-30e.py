@@ -1,4 +1,4 @@
-# Fine-tunes an ImageNet classifier on classes of your own, pictures in FOLDER/train/CLASS and FOLDER/val/CLASS:
+# Fine-tunes an ImageNet classifier on classes of your own, images in FOLDER/train/CLASS and FOLDER/val/CLASS:
 #
 #     python tools/train.py configs/mmpretrain/dinat-mini_finetune-30e.py --cfg-options model.head.num_classes=10 \
 #         train_dataloader.dataset.data_root=FOLDER val_dataloader.dataset.data_root=FOLDER
@@ -28,7 +28,7 @@ model = dict(
     ),
 )
 
-picture = dict(type="LoadImageFromFile")
+image = dict(type="LoadImageFromFile")
 bicubic = dict(backend="pillow", interpolation="bicubic")
 train_dataloader = dict(
     batch_size=64,
@@ -36,10 +36,10 @@ train_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(
         type="CustomDataset",
-        data_root="data/pictures",
+        data_root="data/images",
         data_prefix="train",
         pipeline=[
-            picture,
+            image,
             dict(type="RandomResizedCrop", scale=224, **bicubic),
             dict(type="RandomFlip", prob=0.5, direction="horizontal"),
             dict(type="PackInputs"),
@@ -52,10 +52,10 @@ val_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="CustomDataset",
-        data_root="data/pictures",
+        data_root="data/images",
         data_prefix="val",
         pipeline=[
-            picture,
+            image,
             dict(type="ResizeEdge", scale=256, edge="short", **bicubic),
             dict(type="CenterCrop", crop_size=224),
             dict(type="PackInputs"),

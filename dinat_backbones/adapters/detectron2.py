@@ -37,7 +37,7 @@ from .. import backbone, zoo
 from ..checkpoint import fetch, load_backbone, read
 from ..checkpoint.loading import tensors, unwrap
 
-# Published keys of MODEL.DINAT with their defaults; in lower case they are arguments of the trunks.
+# Published keys of MODEL.DINAT with their defaults; in lower case they are arguments of the backbones.
 PUBLISHED_DEFAULTS: dict[str, Any] = dict(
     EMBED_DIM=192,
     DEPTHS=[3, 4, 18, 5],
@@ -67,7 +67,7 @@ def add_dinat_config(cfg: CfgNode) -> None:
 
 
 class _Pyramid:
-    """Makes a trunk a Backbone of Detectron2. Comes first among the bases; its super() is the trunk, whose own super()
+    """Makes a backbone a Backbone of Detectron2. Comes first among the bases; its super() is the backbone, whose own super()
     is Backbone, so that the state dict has no prefix."""
 
     @configurable
@@ -82,7 +82,7 @@ class _Pyramid:
         if not out_features or not set(out_features) <= set(stages):
             raise ValueError(f"OUT_FEATURES={list(out_features)}: expected some of {', '.join(stages)}")
         indices = sorted(stages[name] for name in out_features)
-        super().__init__(arch, out_indices=indices, **kwargs)  # type: ignore[call-arg]  # the trunk's
+        super().__init__(arch, out_indices=indices, **kwargs)  # type: ignore[call-arg]  # the backbone's
         # from which Backbone.output_shape() reads
         self._out_features = [f"res{index + 2}" for index in indices]
         self._out_feature_channels = dict(zip(self._out_features, self.out_channels, strict=True))  # type: ignore
@@ -101,7 +101,7 @@ class _Pyramid:
 
     @property
     def size_divisibility(self) -> int:
-        """As published; the trunk itself takes any size."""
+        """As published; the backbone itself takes any size."""
         return 32
 
 
@@ -114,7 +114,7 @@ class D2NAT(_Pyramid, backbone.NAT, Backbone):  # type: ignore[misc]  # forward(
         out_features: some of "res2" (stride 4), "res3", "res4" and "res5" (stride 32).
 
     Raises:
-        ValueError: another name in `out_features`, and whatever the trunk raises.
+        ValueError: another name in `out_features`, and whatever the backbone raises.
     """
 
 
@@ -128,9 +128,9 @@ class D2DiNAT_s(_Pyramid, backbone.DiNAT_s, Backbone):  # type: ignore[misc]  # 
     """`dinat_backbones.DiNAT_s`; see `D2NAT`."""
 
 
-def _fpn(trunk: type[Backbone], cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+def _fpn(backbone: type[Backbone], cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     return FPN(
-        bottom_up=trunk(cfg, input_shape),
+        bottom_up=backbone(cfg, input_shape),
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
@@ -160,8 +160,8 @@ def build_dinat_s_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but files are read without running code that they carry (see `checkpoint.read`).
 
-    A file without any of the model's own names, such as an ImageNet checkpoint or a trunk of another framework, goes
-    into the trunk by `checkpoint.load_backbone`: bias tables of another kernel size are resized, another architecture
+    A file without any of the model's own names, such as an ImageNet checkpoint or a backbone of another framework, goes
+    into the backbone by `checkpoint.load_backbone`: bias tables of another kernel size are resized, another architecture
     is an error. Any other file is loaded as Detectron2 does it.
 
     Args:
@@ -190,15 +190,15 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read(filename, allow_pickle=self.allow_pickle)
         state = tensors(checkpoint)
-        trunk = next((module for module in self.model.modules() if isinstance(module, backbone._Trunk)), None)
-        if trunk is not None and not self.model.state_dict().keys() & state.keys():
-            load_backbone(trunk, filename, allow_pickle=self.allow_pickle, logger=self.logger)
+        dinat = next((module for module in self.model.modules() if isinstance(module, backbone._Backbone)), None)
+        if dinat is not None and not self.model.state_dict().keys() & state.keys():
+            load_backbone(dinat, filename, allow_pickle=self.allow_pickle, logger=self.logger)
             return {"model": {}}
         # The mark of the version, without which Mask2Former renames tensors as if they were from older code.
         marked = OrderedDict(state)
         found = getattr(unwrap(checkpoint), "_metadata", None)
         marked._metadata = self.model.state_dict()._metadata if found is None else found  # type: ignore[attr-defined]
-        checkpoint.pop("matching_heuristics", None)  # for trunks alone
+        checkpoint.pop("matching_heuristics", None)  # for backbones alone
         return checkpoint | {"model": marked}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:

@@ -30,8 +30,8 @@ from .seeding import seed_everything
 
 
 class _Initialized:
-    """Adds `init_cfg` and `pretrained` to a trunk. Comes first among the bases; its super() is the trunk, whose own
-    super() is BaseModule, so that freezing and train() stay the trunk's and the state dict has no prefix."""
+    """Adds `init_cfg` and `pretrained` to a backbone. Comes first among the bases; its super() is the backbone, whose own
+    super() is BaseModule, so that freezing and train() stay the backbone's and the state dict has no prefix."""
 
     def __init__(self, *args: Any, pretrained: str | None = None, init_cfg: Any = None, **kwargs: Any):
         if pretrained is not None and init_cfg is not None:
@@ -43,7 +43,7 @@ class _Initialized:
         self.init_cfg = init_cfg if pretrained is None else dict(type="Pretrained", checkpoint=pretrained)
 
     def init_weights(self: Any) -> None:
-        """Called by mmengine before training. Without a checkpoint the trunk keeps the weights it was built with."""
+        """Called by mmengine before training. Without a checkpoint the backbone keeps the weights it was built with."""
         given, first_call = self.init_cfg, not self.is_init
         cfgs = [given] if isinstance(given, dict) else list(given or [])
         pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
@@ -78,7 +78,7 @@ class NAT(_Initialized, backbone.NAT, BaseModule):
         pretrained: path or http(s) address of a checkpoint (ImageNet, detection or segmentation), loaded when mmengine
             calls init_weights(), by `checkpoint.load_backbone`.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` for the same, with `prefix` and `allow_pickle` if needed,
-            or other initializers of mmengine. None keeps the random weights of the trunk.
+            or other initializers of mmengine. None keeps the random weights of the backbone.
 
     Raises:
         ValueError: both are given.
@@ -123,5 +123,5 @@ class SeedStepsHook(Hook):
 
 @FUNCTIONS.register_module(force=True)
 def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """`auto_wrap_policy` for FSDP: every transformer block of a trunk is gathered and freed by itself."""
+    """`auto_wrap_policy` for FSDP: every transformer block of a backbone is gathered and freed by itself."""
     return recurse or isinstance(module, backbone.Block)

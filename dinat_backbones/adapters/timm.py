@@ -2,7 +2,7 @@
 
     import dinat_backbones.adapters.timm
     model = timm.create_model("dinat_mini", pretrained=True, num_classes=10)
-    trunk = timm.create_model("dinat_mini", features_only=True)     # maps of strides 4, 8, 16 and 32
+    backbone = timm.create_model("dinat_mini", features_only=True)     # maps of strides 4, 8, 16 and 32
 
 `pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file.
 """

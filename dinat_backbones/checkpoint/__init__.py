@@ -1,7 +1,7 @@
 """Read checkpoints without running code that they carry, and load them into a model without losing anything silently.
 
     checkpoint = read("dinat_mini_in1k_224.pth")    # path or http(s) address, .pth / .pt / .safetensors
-    state = backbone_state(checkpoint)              # the trunk's own keys, whoever wrote the file
+    state = backbone_state(checkpoint)              # the backbone's own keys, whoever wrote the file
     report = load_backbone(model, "dinat_mini_in1k_224.pth")
     load_model(detector, "mask_rcnn_dinat_mini.pth")    # all of it or an error
 

@@ -1,6 +1,6 @@
 """Names of NAT and DiNAT in transformers' files (`shi-labs/*` on the Hugging Face hub), and the published ones.
 
-    to_huggingface(trunk.state_dict())      # of a NAT or DiNAT: trunk, classifier or both
+    to_huggingface(backbone.state_dict())      # of a NAT or DiNAT: backbone, classifier or both
     from_huggingface(state)                 # and back, bit by bit
 
 The names are those of `DinatBackbone` and, without the prefix `dinat.` or `nat.` of a classifier (see `split_prefix`),
@@ -43,16 +43,16 @@ Step = tuple[tuple[str, ...], dict[str, Tensor]]
 
 
 def find_prefix(state: Mapping[str, Tensor]) -> str | None:
-    """What stands before the trunk's names in a file of transformers ("", "dinat.", "nat.", for a segmentation model
-    "model.pixel_level_module.encoder."), None if there is no such trunk in it."""
+    """What stands before the backbone's names in a file of transformers ("", "dinat.", "nat.", for a segmentation model
+    "model.pixel_level_module.encoder."), None if there is no such backbone in it."""
     found = (key.removesuffix(_FIRST) for key in state if key.endswith(_FIRST))
     return next((prefix for prefix in found if prefix == "" or prefix.endswith(".")), None)
 
 
 def split_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trunk of a file of transformers without its prefix, together with the classifier; and everything else.
+    """The backbone of a file of transformers without its prefix, together with the classifier; and everything else.
 
-    `hidden_states_norms.stem`, which no published trunk has, is among everything else.
+    `hidden_states_norms.stem`, which no published backbone has, is among everything else.
 
     Raises:
         ValueError: there is no NAT or DiNAT of transformers in it.
@@ -60,22 +60,22 @@ def split_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     prefix = find_prefix(state)
     if prefix is None:
         raise ValueError(f"expected a NAT or DiNAT of transformers with {_FIRST}; got {', '.join(list(state)[:4])}")
-    trunk, others = {}, {}
+    backbone, others = {}, {}
     for key, tensor in state.items():
         name = key.removeprefix(prefix)
         inside = key.startswith(prefix) or (key.startswith("classifier.") and prefix in ("dinat.", "nat."))
         if inside and not name.startswith("hidden_states_norms.stem."):
-            trunk[name] = tensor
+            backbone[name] = tensor
         else:
             others[key] = tensor
-    return trunk, others
+    return backbone, others
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a NAT or DiNAT under transformers' names.
 
     Args:
-        state: published names without any prefix: `patch_embed.*`, `levels.*`, a trunk's `norm0` ... `norm3`, a
+        state: published names without any prefix: `patch_embed.*`, `levels.*`, a backbone's `norm0` ... `norm3`, a
             classifier's `norm` and `head`.
 
     Returns:

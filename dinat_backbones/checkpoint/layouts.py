@@ -3,7 +3,7 @@
 Every conversion goes through one form: tensors under the names of a present OpenMMLab model (`backbone.*`, `neck.*`,
 `decode_head.*`, ...; `norm.*` and `head.*` of an ImageNet classifier), and the names and colours of the classes. To add
 a program, let `_to_common` recognise its files, `_from_common` name its tensors, and put it into `LAYOUTS`. The names
-of a Mask2Former are in `mask2former.py`, those of transformers' trunks and classifiers in `huggingface.py`.
+of a Mask2Former are in `mask2former.py`, those of transformers' backbones and classifiers in `huggingface.py`.
 
 Between mmdet 2.19 / mmseg 0.20, which the published models were trained with, and mmdet 3 / mmseg 1 no tensor of Mask
 R-CNN, Cascade Mask R-CNN and UPerNet with its auxiliary head has changed its name or shape. What has moved are the
@@ -22,7 +22,7 @@ from . import huggingface, mask2former
 from .loading import WRAPPERS, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
-_PYRAMID = "backbone.bottom_up."  # where detectron2 has a trunk with a feature pyramid
+_PYRAMID = "backbone.bottom_up."  # where detectron2 has a backbone with a feature pyramid
 # the modules of mmdet's and mmseg's models
 _OPENMMLAB = re.compile(
     r"(backbone|neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|semantic_head|decode_head|auxiliary_head)\."
@@ -35,10 +35,10 @@ class Layout:
 
     Attributes:
         description: in words.
-        bare: a state dict without anything around it, the trunk's names without `backbone.`; False for a dictionary
+        bare: a state dict without anything around it, the backbone's names without `backbone.`; False for a dictionary
             of which it is a part.
         class_key: where in "meta" the classes are, with {} for "classes" or "palette"; a dot leads into a dictionary.
-        model: what transformers puts before the names of a classifier's trunk; "" for other programs.
+        model: what transformers puts before the names of a classifier's backbone; "" for other programs.
     """
 
     description: str
@@ -48,12 +48,12 @@ class Layout:
 
 
 LAYOUTS = {
-    "imagenet": Layout("trunk or classifier alone, as the published ImageNet files", bare=True),
+    "imagenet": Layout("backbone or classifier alone, as the published ImageNet files", bare=True),
     "mmdet2": Layout("mmdet 2", class_key="{upper}"),
     "mmseg0": Layout("mmseg 0", class_key="{upper}"),
     "mmdet3": Layout("mmdet 3", class_key="dataset_meta.{lower}"),
     "mmseg1": Layout("mmseg 1", class_key="dataset_meta.{lower}"),
-    "detectron2": Layout("detectron2: a Mask2Former or a trunk"),
+    "detectron2": Layout("detectron2: a Mask2Former or a backbone"),
     "huggingface": Layout("transformers: Dinat (classifier or backbone) or a Mask2Former", bare=True, model="dinat."),
     "huggingface-nat": Layout("transformers: Nat (classifier or backbone)", bare=True, model="nat."),
 }
@@ -136,8 +136,8 @@ def _to_common(
         return {_common_name(key): ((key,), value) for key, value in state.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
     if any(key.startswith(f"{_PYRAMID}patch_embed.") for key in state) and to in ("imagenet", "detectron2"):
-        trunk = {key: f"backbone.{key.removeprefix(_PYRAMID)}" for key in state if key.startswith(_PYRAMID)}
-        return {trunk[key]: ((key,), state[key]) for key in trunk}
+        backbone = {key: f"backbone.{key.removeprefix(_PYRAMID)}" for key in state if key.startswith(_PYRAMID)}
+        return {backbone[key]: ((key,), state[key]) for key in backbone}
     if any(key.startswith("backbone.patch_embed.") for key in state) and (
         to in ("imagenet", "detectron2") or not others
     ):
@@ -150,7 +150,7 @@ def _to_common(
 
 
 def _common_name(name: str) -> str:
-    """Of a tensor of a trunk or classifier."""
+    """Of a tensor of a backbone or classifier."""
     return name if name.startswith(_CLASSIFIER) else f"backbone.{name}"
 
 
@@ -180,7 +180,7 @@ def _from_common(
 
 
 def _for_transformers(state: Mapping[str, Tensor], model: str) -> Iterator[mask2former.Step]:
-    """A trunk or a classifier; whatever else there is has no place."""
+    """A backbone or a classifier; whatever else there is has no place."""
     common = {name.removeprefix("backbone."): name for name in state if name.startswith(("backbone.", *_CLASSIFIER))}
     start = model if "head.weight" in common else ""
     for names, targets in huggingface.steps_to_huggingface({bare: state[name] for bare, name in common.items()}):

@@ -1,4 +1,4 @@
-"""Load what `read` returned, into a trunk or a whole model, without losing anything silently."""
+"""Load what `read` returned, into a backbone or a whole model, without losing anything silently."""
 
 import logging
 import os
@@ -17,9 +17,9 @@ from .reading import read
 
 # Where frameworks put the weights inside their checkpoints, in order of preference.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema", "model_ema")
-# What training wrappers, detectors and feature pyramids put before the trunk's own keys, outermost first.
+# What training wrappers, detectors and feature pyramids put before the backbone's own keys, outermost first.
 PREFIXES = ("module.", "model.", "backbone.", "bottom_up.")
-_CLASSIFIER = ("norm.", "head.")  # of the published ImageNet files; a trunk has norm0 ... norm3 instead
+_CLASSIFIER = ("norm.", "head.")  # of the published ImageNet files; a backbone has norm0 ... norm3 instead
 _BLOCK = re.compile(r"((?:levels|layers)\.\d+)\.blocks\.(\d+)\.")
 _OUTPUT_NORM = re.compile(r"norm\d+\.")
 
@@ -32,7 +32,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
-    """The trunk's tensors under the trunk's own names, from a classification, detection or segmentation checkpoint.
+    """The backbone's tensors under the backbone's own names, from a classification, detection or segmentation checkpoint.
 
     Args:
         checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`, or a file
@@ -134,11 +134,11 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A trunk that returns its
+    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A backbone that returns its
     last stage alone computes what an ImageNet classifier does: its output norm is then that of the classifier.
 
     Args:
-        model: a trunk; untouched if an error is raised.
+        model: a backbone; untouched if an error is raised.
         source, allow_pickle: see `read`.
         prefix: see `backbone_state`.
         logger: where the report goes; this module's logger by default.

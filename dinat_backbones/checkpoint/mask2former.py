@@ -66,9 +66,9 @@ transformer_decoder.layers.{}.   predictor.transformer_         model.transforme
 """  # noqa: E501
 _COLUMN = {"mmdet3": 0, "mmseg1": 0, "detectron2": 1, "huggingface": 2}
 HOMES = tuple(_COLUMN)  # the layouts that have a Mask2Former
-# what the names of a home's heads and of its trunk start with
+# what the names of a home's heads and of its backbone start with
 _HEAD = {"mmdet3": "panoptic_head.", "mmseg1": "decode_head.", "detectron2": "sem_seg_head.", "huggingface": ""}
-_TRUNK = dict.fromkeys(HOMES, "backbone.") | {"huggingface": "model.pixel_level_module.encoder."}
+_BACKBONE = dict.fromkeys(HOMES, "backbone.") | {"huggingface": "model.pixel_level_module.encoder."}
 _MARKS = {
     "mmdet3": "panoptic_head.query_feat.weight",
     "mmseg1": "decode_head.query_feat.weight",
@@ -124,10 +124,10 @@ def to_common(state: Mapping[str, Tensor], source: str, things: Sequence[int] | 
     Raises:
         ValueError: a name without a counterpart, a query without its key and value, `things` that cannot be.
     """
-    trunk = {name: tensor for name, tensor in state.items() if name.startswith(_TRUNK[source])}
-    yield from _trunk_steps(trunk, _TRUNK[source], "backbone.", source == "huggingface", to_huggingface=False)
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith(_BACKBONE[source])}
+    yield from _backbone_steps(backbone, _BACKBONE[source], "backbone.", source == "huggingface", to_huggingface=False)
     for key, tensor in state.items():
-        if key in trunk or key in ("pixel_mean", "pixel_std"):  # only the oldest files have these
+        if key in backbone or key in ("pixel_mean", "pixel_std"):  # only the oldest files have these
             continue
         if key == _EMPTY_WEIGHT:
             yield (key,), {key: tensor}
@@ -153,12 +153,12 @@ def to_common(state: Mapping[str, Tensor], source: str, things: Sequence[int] | 
 def from_common(state: Mapping[str, Tensor], to: str, things: Sequence[int] | None = None) -> Iterator[Step]:
     """The inverse of `to_common`; a missing `criterion.empty_weight` is made, from no name, with `NO_OBJECT_WEIGHT`."""
     in_loss = to in ("detectron2", "huggingface")
-    trunk = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    yield from _trunk_steps(trunk, "backbone.", _TRUNK[to], to == "huggingface", to_huggingface=True)
+    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
+    yield from _backbone_steps(backbone, "backbone.", _BACKBONE[to], to == "huggingface", to_huggingface=True)
     for key, tensor in state.items():
         if key == _EMPTY_WEIGHT and in_loss:
             yield (key,), {key: tensor}
-        if key in trunk or key == _EMPTY_WEIGHT:
+        if key in backbone or key == _EMPTY_WEIGHT:
             continue
         name = _rename(key.removeprefix(_HEAD["mmdet3"]), "mmdet3", to)
         if to == "mmdet3" and ".cls_embed." in key:
@@ -209,10 +209,10 @@ def _things_first(rows: int, things: Sequence[int] | None) -> Tensor:
     return torch.tensor([*first, *(label for label in classes if label not in first), rows - 1])
 
 
-def _trunk_steps(
+def _backbone_steps(
     state: Mapping[str, Tensor], start: str, new_start: str, transformers: bool, *, to_huggingface: bool
 ) -> Iterator[Step]:
-    """The trunk with another start of its names and, if `transformers` is on one side, other names."""
+    """The backbone with another start of its names and, if `transformers` is on one side, other names."""
     bare = {name.removeprefix(start): tensor for name, tensor in state.items()}
     steps: Iterable[Step] = (((name,), {name: tensor}) for name, tensor in bare.items())
     if bare and transformers:

@@ -1,4 +1,4 @@
-"""Two-dimensional neighborhood attention with relative positional bias: one signature, several implementations."""
+"""Two-dimensional neighborhood attention with relative positional bias: one signature, several backends."""
 
 import types
 
@@ -7,7 +7,7 @@ import torch
 from . import cpu, exportable, natten, reference, tiled, triton
 
 # In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
-IMPLEMENTATIONS: dict[str, types.ModuleType] = {
+BACKENDS: dict[str, types.ModuleType] = {
     "cpu": cpu,
     "triton": triton,
     "natten": natten,
@@ -26,7 +26,7 @@ def neighborhood_attention_2d(
     kernel_size: int,
     dilation: int = 1,
     scale: float | None = None,
-    impl: str | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every pixel over its `kernel_size` x `kernel_size` dilated neighborhood.
 
@@ -41,17 +41,17 @@ def neighborhood_attention_2d(
         kernel_size: odd, at least 3 (1 would attend to itself alone).
         dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
         scale: multiplies the query; None stands for ``head_dim ** -0.5``.
-        impl: one of `IMPLEMENTATIONS` to insist on it; None takes the first that supports the call.
+        backend: one of `BACKENDS` to insist on it; None takes the first that supports the call.
 
     Returns:
         ``[B, H, W, heads, head_dim]`` in the dtype of `query`. Softmax and the gradient of `rpb` accumulate in float32
         (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, sizes or dtypes that do not fit together, an unknown `impl`.
-        RuntimeError: `impl` was named but does not support the call; the message holds all its reasons.
+        ValueError: shapes, sizes or dtypes that do not fit together, an unknown `backend`.
+        RuntimeError: `backend` was named but does not support the call; the message holds all its reasons.
     """
-    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
+    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, backend)
     return module.attention(query, key, value, *settings)
 
 
@@ -62,37 +62,37 @@ def neighborhood_attention_2d_qkvpacked(
     kernel_size: int,
     dilation: int = 1,
     scale: float | None = None,
-    impl: str | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """`neighborhood_attention_2d` of one tensor ``[B, H, W, 3, heads, head_dim]``, as a qkv projection leaves it.
 
-    Its gradient comes in one tensor, too, which saves a copy where the implementation can do that.
+    Its gradient comes in one tensor, too, which saves a copy where the backend can do that.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
     query, key, value = qkv.unbind(3)
-    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, impl)
+    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, backend)
     if module in (cpu, triton):
         return module.attention_qkvpacked(qkv, *settings)
     return module.attention(query, key, value, *settings)
 
 
-def _choose(query, key, value, rpb, kernel_size, dilation, scale, impl) -> tuple[types.ModuleType, tuple]:
-    """The implementation that runs this call, and what it wants to know besides query, key and value."""
+def _choose(query, key, value, rpb, kernel_size, dilation, scale, backend) -> tuple[types.ModuleType, tuple]:
+    """The backend that runs this call, and what it wants to know besides query, key and value."""
     check(query, key, value, rpb, kernel_size, dilation)
     settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
-    if impl is None and exportable.exporting():
+    if backend is None and exportable.exporting():
         return exportable, settings
-    if impl is None:
+    if backend is None:
         # On a CPU `tiled` is faster than any natten; nobody should pay for its import there
-        candidates = (m for m in IMPLEMENTATIONS.values() if m is not natten or query.is_cuda)
+        candidates = (m for m in BACKENDS.values() if m is not natten or query.is_cuda)
         return next(m for m in candidates if not m.unsupported(query, key, value, *settings)), settings
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is unknown; choose one of {sorted(IMPLEMENTATIONS)} or None")
-    reasons = IMPLEMENTATIONS[impl].unsupported(query, key, value, *settings)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {sorted(BACKENDS)} or None")
+    reasons = BACKENDS[backend].unsupported(query, key, value, *settings)
     if reasons:
-        raise RuntimeError(f"impl={impl!r} cannot run this call: {'; '.join(reasons)}")
-    return IMPLEMENTATIONS[impl], settings
+        raise RuntimeError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}")
+    return BACKENDS[backend], settings
 
 
 def check(query, key, value, rpb, kernel_size, dilation) -> None:

@@ -2,12 +2,12 @@
 
 Standard library only, so that configs, tools and documentation can read it without torch.
 
-    ARCHS, ISOTROPIC                13 trunks and 6 isotropic models
+    ARCHS, ISOTROPIC                13 backbones and 6 isotropic models
     dilations(arch, setting)        the dilation of every block, for a task and resolution
     CLASSIFICATION, DETECTION, SEGMENTATION, MASK2FORMER    22 + 21 + 13 + 8 = 64 published rows, keyed by `row.name`
     IMAGENET22K                     classifiers of 21841 classes that the large models began as; not among the 64
     PRETRAINED                      addresses of the ImageNet checkpoints of both, by name
-    backbone_kwargs(row)            the keyword arguments that build a row's trunk
+    backbone_kwargs(row)            the keyword arguments that build a row's backbone
 
 Units: `params_m` in millions; `gmacs` in 10^9 multiply-accumulates (what fvcore calls FLOPs); AP, PQ, mIoU and top-1 in
 percent. Numbers are those of the final result tables of the NAT and DiNAT releases; the first preprint differs by up

@@ -1,4 +1,4 @@
-"""Trunks, and the dilations of their blocks in every published setting."""
+"""Backbones, and the dilations of their blocks in every published setting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def find(kind: str, name: object, known: Mapping[str, _T]) -> _T:
 
 @dataclass(frozen=True)
 class Arch:
-    """A trunk of four stages at strides 4, 8, 16 and 32, of width embed_dim times 1, 2, 4 and 8."""
+    """A backbone of four stages at strides 4, 8, 16 and 32, of width embed_dim times 1, 2, 4 and 8."""
 
     name: str
     family: str  # "NAT" | "DiNAT" | "DiNAT_s"
@@ -37,7 +37,7 @@ class Arch:
 
     @property
     def num_heads(self) -> tuple[int, ...]:
-        """Heads of each stage: every head of every trunk is 32 wide."""
+        """Heads of each stage: every head of every backbone is 32 wide."""
         return tuple(self.embed_dim * 2**stage // 32 for stage in range(len(self.depths)))
 
 
@@ -88,9 +88,9 @@ ISOTROPIC: dict[str, Isotropic] = {m.name: m for m in (
 
 
 def arch(name: str) -> Arch:
-    """The trunk of that name; ValueError with the known names otherwise."""
+    """The backbone of that name; ValueError with the known names otherwise."""
     if isinstance(name, str) and name in ISOTROPIC:
-        raise ValueError(f"{name!r} is an isotropic model, not a trunk with stages: look in ISOTROPIC")
+        raise ValueError(f"{name!r} is an isotropic model, not a backbone with stages: look in ISOTROPIC")
     return find("architecture", name, ARCHS)
 
 
@@ -126,19 +126,20 @@ DILATION_SETTINGS: tuple[str, ...] = tuple(_PATTERNS)
 
 def dilations(arch_name: str, setting: str) -> tuple[tuple[int, ...], ...] | None:
     """The dilation of every block of every stage, published for that setting; None (all ones) for every NAT."""
-    trunk, pattern = arch(arch_name), find("dilation setting", setting, _PATTERNS)
-    if trunk.family == "NAT":
+    backbone, pattern = arch(arch_name), find("dilation setting", setting, _PATTERNS)
+    if backbone.family == "NAT":
         return None
-    if trunk.family not in pattern.families:
-        choices = ", ".join(s for s, p in _PATTERNS.items() if trunk.family in p.families)
-        raise ValueError(f"dilation setting {setting!r} was never published for {trunk.family}. Choices: {choices}")
+    if backbone.family not in pattern.families:
+        choices = ", ".join(s for s, p in _PATTERNS.items() if backbone.family in p.families)
+        raise ValueError(f"dilation setting {setting!r} was never published for {backbone.family}. Choices: {choices}")
     return tuple(
-        tuple(islice(cycle(stage[-depth:]), depth)) for stage, depth in zip(pattern.stages, trunk.depths, strict=True)
+        tuple(islice(cycle(stage[-depth:]), depth))
+        for stage, depth in zip(pattern.stages, backbone.depths, strict=True)
     )
 
 
-class TrunkOfRow(Protocol):
-    """What a published row says about its trunk."""
+class BackboneOfRow(Protocol):
+    """What a published row says about its backbone."""
 
     @property
     def arch(self) -> str: ...
@@ -150,17 +151,17 @@ class TrunkOfRow(Protocol):
     def drop_path_rate(self) -> float | None: ...
 
 
-def backbone_kwargs(row: TrunkOfRow) -> dict[str, Any]:
-    """What builds the row's trunk, as plain numbers and lists; an argument that is None for the row is left out."""
-    trunk, pattern = arch(row.arch), dilations(row.arch, row.dilations)
+def backbone_kwargs(row: BackboneOfRow) -> dict[str, Any]:
+    """What builds the row's backbone, as plain numbers and lists; an argument that is None for the row is left out."""
+    backbone, pattern = arch(row.arch), dilations(row.arch, row.dilations)
     kwargs = {
-        "embed_dim": trunk.embed_dim,
-        "depths": list(trunk.depths),
-        "num_heads": list(trunk.num_heads),
+        "embed_dim": backbone.embed_dim,
+        "depths": list(backbone.depths),
+        "num_heads": list(backbone.num_heads),
         "kernel_size": row.kernel_size,
         "dilations": pattern and [list(stage) for stage in pattern],
-        "mlp_ratio": trunk.mlp_ratio,
-        "layer_scale": trunk.layer_scale,
+        "mlp_ratio": backbone.mlp_ratio,
+        "layer_scale": backbone.layer_scale,
         "drop_path_rate": row.drop_path_rate,
     }
     return {key: value for key, value in kwargs.items() if value is not None}

@@ -112,17 +112,17 @@ class Mask2Former(Downstream):
 
     def detectron2_config(self) -> dict[str, Any]:
         """What differs from the defaults of detectron2, Mask2Former and MODEL.DINAT: values by dotted key."""
-        trunk = backbone_kwargs(self)
-        del trunk["mlp_ratio"]  # as it is by default
+        backbone = backbone_kwargs(self)
+        del backbone["mlp_ratio"]  # as it is by default
         coco, panoptic = self.dataset == "coco", self.task == "panoptic"
         config = {
             **_M2F_COMMON,
             **_M2F_DATASETS[self.dataset],
-            **{f"MODEL.DINAT.{key.upper()}": value for key, value in trunk.items()},
+            **{f"MODEL.DINAT.{key.upper()}": value for key, value in backbone.items()},
             "MODEL.WEIGHTS": PRETRAINED[self.pretrained].rpartition("/")[2].replace(".pth", ".pkl"),
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": self.num_classes,
             "DATASETS.TRAIN": [self.data.format("train")],
-            # the COCO panoptic set that comes with semantic ground truth has a name of its own
+            # the COCO panoptic set that comes with semantic annotations has a name of its own
             "DATASETS.TEST": [self.data.format("val") + ("_with_sem_seg" if coco and panoptic else "")],
             "SOLVER.BASE_LR": self.lr,
             "SOLVER.WEIGHT_DECAY": self.weight_decay,

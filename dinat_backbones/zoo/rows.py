@@ -58,7 +58,7 @@ class Classification:
 
 
 CLASSIFICATION: dict[str, Classification] = {r.name: r for r in (
-    #              trunk           params gmacs  top-1
+    #              backbone           params gmacs  top-1
     Classification("nat_mini",       20,   2.7, 81.8),
     Classification("nat_tiny",       28,   4.3, 83.2),
     Classification("nat_small",      51,   7.8, 83.7),
@@ -118,7 +118,7 @@ PRETRAINED: dict[str, str] = {name: row.checkpoint for name, row in CLASSIFICATI
 
 
 class Downstream:
-    """What rows of dense tasks share: a trunk that starts from an ImageNet checkpoint."""
+    """What rows of dense tasks share: a backbone that starts from an ImageNet checkpoint."""
 
     arch: str
     kernel_size: ClassVar[int] = Arch.kernel_size
@@ -131,7 +131,7 @@ class Downstream:
 
     @property
     def pretrained(self) -> str:
-        """Key into PRETRAINED: the ImageNet-22k checkpoint where the trunk has one, else the ImageNet-1k one at 224."""
+        """Key into PRETRAINED: the ImageNet-22k checkpoint where the backbone has one, else the ImageNet-1k one at 224."""
         return f"{self.arch}_21k" if f"{self.arch}_21k" in PRETRAINED else self.arch
 
 
@@ -146,7 +146,7 @@ BOX_HEADS: dict[str, dict[str, Any]] = {
         "loss_bbox": {"type": "GIoULoss", "loss_weight": 10.0},
     },
 }  # fmt: skip
-# Copied from Swin's recipe by most DiNAT_s rows; no trunk has a parameter of the first name.
+# Copied from Swin's recipe by most DiNAT_s rows; no backbone has a parameter of the first name.
 _SWIN_NO_DECAY = ("absolute_pos_embed", "rpb", "norm")
 
 
@@ -198,7 +198,7 @@ class Detection(Downstream):
 
 
 DETECTION: dict[str, Detection] = {r.name: r for r in (
-    #         trunk          params gmacs   box  mask  detector            drop path
+    #         backbone          params gmacs   box  mask  detector            drop path
     Detection("nat_mini",       40,  225, 46.5, 41.7, "mask_rcnn",         0.2),
     Detection("nat_tiny",       48,  258, 47.7, 42.6, "mask_rcnn",         0.2),
     Detection("nat_small",      70,  330, 48.4, 43.2, "mask_rcnn",         0.35),
@@ -275,8 +275,8 @@ class Segmentation(Downstream):
     @property
     def config(self) -> str:
         """Path under configs/, named as mmseg names its own."""
-        trunk, amp = self.arch.replace("_", "-"), "amp-" if self.fp16 else ""
-        return f"mmseg/{self.family.lower()}/{trunk}_upernet_8xb2-{amp}160k_ade20k-{self.size}x{self.size}.py"
+        backbone, amp = self.arch.replace("_", "-"), "amp-" if self.fp16 else ""
+        return f"mmseg/{self.family.lower()}/{backbone}_upernet_8xb2-{amp}160k_ade20k-{self.size}x{self.size}.py"
 
     @property
     def checkpoint(self) -> str:
@@ -286,7 +286,7 @@ class Segmentation(Downstream):
 
 
 SEGMENTATION: dict[str, Segmentation] = {r.name: r for r in (
-    #            trunk          params gmacs  mIoU multi drop path
+    #            backbone          params gmacs  mIoU multi drop path
     Segmentation("nat_mini",       50,  900, 45.1, 46.4, 0.2),
     Segmentation("nat_tiny",       58,  934, 47.1, 48.4, 0.3),
     Segmentation("nat_small",      82, 1010, 48.0, 49.5, 0.5),

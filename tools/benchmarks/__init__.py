@@ -1,1 +1,1 @@
-"""The parts of tools/benchmark.py: measuring, the competitors, and one module per kind of suite."""
+"""The parts of tools/benchmark.py: measuring, the baselines, and one module per kind of suite."""

@@ -12,39 +12,39 @@ from torch import nn
 from dinat_backbones.backbone import DiNAT
 from dinat_backbones.ops import cpu
 
-from . import rivals
+from . import baselines
 from .core import Bar, Bench, ParityError, Row, agree, inference, relative, seconds
 
 # a CPU's own bfloat16 products; without them bfloat16 is converted to float32 and back around every product
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 
 
-def backbone(arch: str, impl: str | None = "cpu", drop_path_rate: float = 0.2) -> DiNAT:
+def backbone(arch: str, backend: str | None = "cpu", drop_path_rate: float = 0.2) -> DiNAT:
     torch.manual_seed(0)
-    model = DiNAT(arch=arch, dilations="coco", drop_path_rate=drop_path_rate, impl=impl)
+    model = DiNAT(arch=arch, dilations="coco", drop_path_rate=drop_path_rate, backend=backend)
     for name, parameter in model.named_parameters():
         if name.endswith("rpb"):
             nn.init.normal_(parameter, std=0.5)  # as large as trained ones, so that parity notices them
     return model.eval()
 
 
-def picture(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
+def random_image(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 def parity_backbone(bench: Bench) -> None:
-    small = picture((96, 128))
+    small = random_image((96, 128))
     for arch in ("dinat_mini", "dinat_tiny"):
         ours = inference(backbone(arch), small)()
         agree(f"{arch} against its reference", ours, inference(backbone(arch, "reference"), small)())
     bench.say("parity: the backbones agree with the reference op inside")
-    if rivals.natten2dav:
-        model, image = backbone("dinat_mini"), picture(bench.sizes.image)
+    if baselines.natten2dav:
+        model, image = backbone("dinat_mini"), random_image(bench.sizes.image)
         ours = inference(model, image)()
-        with rivals.on_natten():
+        with baselines.on_natten():
             theirs = inference(model, image)()
-        agree(f"dinat_mini against itself on {rivals.NATTEN}", ours, theirs)
-        bench.say(f"parity: dinat_mini agrees with itself on {rivals.NATTEN} at full size")
+        agree(f"dinat_mini against itself on {baselines.NATTEN}", ours, theirs)
+        bench.say(f"parity: dinat_mini agrees with itself on {baselines.NATTEN} at full size")
 
 
 def inside_network(bench: Bench, model: nn.Module, image: torch.Tensor) -> Row:
@@ -80,25 +80,25 @@ def inside_network(bench: Bench, model: nn.Module, image: torch.Tensor) -> Row:
 
 
 def backbone_rows(bench: Bench) -> list[Row]:
-    image = picture(bench.sizes.image)
+    image = random_image(bench.sizes.image)
     mini, name, bar = backbone("dinat_mini"), "DiNAT-Mini forward", Bar(">=", 2.4)
     rows = [inside_network(bench, mini, image)]
-    if rivals.natten2dav:
+    if baselines.natten2dav:
 
         def theirs():
-            with rivals.on_natten():
+            with baselines.on_natten():
                 return inference(mini, image)()
 
-        rows.append(bench.speedup(name, inference(mini, image), f"same on {rivals.NATTEN}", theirs, bar))
+        rows.append(bench.speedup(name, inference(mini, image), f"same on {baselines.NATTEN}", theirs, bar))
     else:
         bench.times(name, {"ours": inference(mini, image)})
-        rows.append(Row(name, against=f"same on {rivals.NATTEN}", bar=bar, note=rivals.NEEDS_NATTEN))
-    tiny, swin = inference(backbone("dinat_tiny"), image), inference(rivals.SwinPyramid().eval(), image)
+        rows.append(Row(name, against=f"same on {baselines.NATTEN}", bar=bar, note=baselines.NEEDS_NATTEN))
+    tiny, swin = inference(backbone("dinat_tiny"), image), inference(baselines.SwinPyramid().eval(), image)
     rows.append(bench.speedup("DiNAT-Tiny forward", tiny, "torchvision Swin-T", swin, Bar(">=", 1.4)))
-    convnext = inference(rivals.ConvNeXtPyramid().eval(), image)
+    convnext = inference(baselines.ConvNeXtPyramid().eval(), image)
     rows.append(bench.speedup("DiNAT-Tiny forward", tiny, "torchvision ConvNeXt-T", convnext))
     del tiny, swin, convnext
-    large, swin = inference(backbone("dinat_large"), image), inference(rivals.swin_large().eval(), image)
+    large, swin = inference(backbone("dinat_large"), image), inference(baselines.swin_large().eval(), image)
     bar = Bar(">=", 1.3)
     rows.append(
         bench.speedup("DiNAT-Large forward", large, "torchvision Swin-L", swin, bar, rounds=min(3, bench.rounds))
@@ -107,7 +107,7 @@ def backbone_rows(bench: Bench) -> list[Row]:
 
 
 def train_step_rows(bench: Bench) -> list[Row]:
-    image = picture(bench.sizes.train_image, bench.sizes.train_batch)
+    image = random_image(bench.sizes.train_image, bench.sizes.train_batch)
 
     def step(model: nn.Module) -> Callable:
         model.train()
@@ -121,7 +121,7 @@ def train_step_rows(bench: Bench) -> list[Row]:
         return call
 
     name = f"DiNAT-Tiny training step, batch {len(image)}"
-    ours, theirs = step(backbone("dinat_tiny")), step(rivals.SwinPyramid())
+    ours, theirs = step(backbone("dinat_tiny")), step(baselines.SwinPyramid())
     return [bench.speedup(name, ours, "torchvision Swin-T", theirs, Bar(">=", 1.1))]
 
 
@@ -138,13 +138,13 @@ def forward_backward(model: nn.Module, image: torch.Tensor, precision: Callable)
 
 
 def parity_bf16(bench: Bench) -> None:
-    image = picture((96, 128))
+    image = random_image((96, 128))
     exact = inference(backbone("dinat_mini", "reference"), image)()
 
-    def errors(impl: str) -> list[float]:
-        results = forward_backward(backbone("dinat_mini", impl), image, autocast)
+    def errors(backend: str) -> list[float]:
+        results = forward_backward(backbone("dinat_mini", backend), image, autocast)
         if not all(t.isfinite().all() for t in results):
-            raise ParityError(f"bf16 autocast, {impl}: outputs or gradients are not finite")
+            raise ParityError(f"bf16 autocast, {backend}: outputs or gradients are not finite")
         return [(got - want).abs().max().item() for got, want in zip(results, exact, strict=False)]  # outputs alone
 
     for i, (ours, eager) in enumerate(zip(errors("cpu"), errors("reference"), strict=True)):
@@ -163,7 +163,7 @@ def bf16_instructions() -> list[str]:
 
 
 def bf16_rows(bench: Bench) -> list[Row]:
-    image, model = picture(bench.sizes.train_image), backbone("dinat_mini", drop_path_rate=0.0)
+    image, model = random_image(bench.sizes.train_image), backbone("dinat_mini", drop_path_rate=0.0)
 
     def forward(precision):
         with precision():

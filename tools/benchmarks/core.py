@@ -14,7 +14,7 @@ SAMPLE_SECONDS = 0.03  # a call shorter than this is repeated within its turn
 
 
 class ParityError(Exception):
-    """Two implementations disagree."""
+    """Two backends disagree."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Bench:
         return self.medians(what, samples)
 
     def curve(self, axis: str, at: float, times: dict[str, float]) -> None:
-        """Points of the plot: milliseconds of each competitor at a value of the axis."""
+        """Points of the plot: milliseconds of each baseline at a value of the axis."""
         self.curves += [dict(axis=axis, at=at, name=name, ms=ms) for name, ms in times.items()]
 
     def medians(self, what: str, samples: dict[str, list[float]]) -> dict[str, float]:

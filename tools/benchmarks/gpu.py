@@ -11,14 +11,14 @@ import torch
 
 from dinat_backbones import zoo
 from dinat_backbones.backbone import DiNAT
-from dinat_backbones.ops import IMPLEMENTATIONS, natten, neighborhood_attention_2d
+from dinat_backbones.ops import BACKENDS, natten, neighborhood_attention_2d
 
-from . import rivals
+from . import baselines
 from .core import Bar, Bench, ParityError, Row, agree
 
 KERNEL, HEAD_DIM = 7, 32
 FLEX_STAGES = (0, 2)  # compiling FlexAttention for every shape would take longer than all the rest
-BUDGET = 400.0  # seconds after which no more competitors are compiled
+BUDGET = 400.0  # seconds after which no more baselines are compiled
 ROUNDING = 3e-2  # bfloat16 keeps 8 bits
 
 
@@ -82,16 +82,18 @@ class Inputs:
 
 
 def ours(case: Case, setting: Setting) -> str:
-    """The implementation that is measured: `triton` where it runs."""
+    """The backend that is measured: `triton` where it runs."""
     inputs = Inputs(Case("", (KERNEL, KERNEL), 1, 1, 0), setting)
-    triton = IMPLEMENTATIONS.get("triton")
+    triton = BACKENDS.get("triton")
     runs = triton is not None and not triton.unsupported(*inputs.qkv, inputs.rpb, KERNEL, 1, HEAD_DIM**-0.5)
     return "triton" if runs else "tiled"
 
 
-def attend(case: Case, impl: str) -> Callable:
+def attend(case: Case, backend: str) -> Callable:
     def call(query, key, value, rpb):
-        return neighborhood_attention_2d(query, key, value, rpb, kernel_size=KERNEL, dilation=case.dilation, impl=impl)
+        return neighborhood_attention_2d(
+            query, key, value, rpb, kernel_size=KERNEL, dilation=case.dilation, backend=backend
+        )
 
     return call
 
@@ -123,23 +125,23 @@ def parity(bench: Bench, setting: Setting) -> None:
         exact = Inputs(case, setting)
         exact.qkv = [t.detach().float().requires_grad_() for t in inputs.qkv]
         exact.rpb, exact.grad_out = inputs.rpb.detach().requires_grad_(), inputs.grad_out.float()
-        impl = ours(case, setting)
+        backend = ours(case, setting)
         expected = exact.step(attend(case, "reference"))
-        agree(f"{impl}, d={dilation}, against reference", inputs.step(attend(case, impl)), expected, ROUNDING)
-        flex = rivals.Flex(case.size, KERNEL, dilation, setting.device)
+        agree(f"{backend}, d={dilation}, against reference", inputs.step(attend(case, backend)), expected, ROUNDING)
+        flex = baselines.Flex(case.size, KERNEL, dilation, setting.device)
         with torch.no_grad():
             got = flex(*map(flex.sort, exact.qkv), exact.rpb)
         agree(f"FlexAttention, d={dilation}, against reference", [got], [flex.sort(expected[0])], ROUNDING)
-    bench.say(f"parity: {impl} and FlexAttention agree with the reference, forward and our gradients")
+    bench.say(f"parity: {backend} and FlexAttention agree with the reference, forward and our gradients")
 
 
 def op_rows(bench: Bench, setting: Setting) -> list[Row]:
     speed = machine(bench, setting)
     rows = []
     for case in cases(setting):
-        inputs, impl = Inputs(case, setting), ours(case, setting)
-        call = attend(case, impl)
-        calls = {impl: lambda inputs=inputs, call=call: inputs.step(call)}
+        inputs, backend = Inputs(case, setting), ours(case, setting)
+        call = attend(case, backend)
+        calls = {backend: lambda inputs=inputs, call=call: inputs.step(call)}
         reasons = natten.unsupported(*inputs.qkv, None, KERNEL, case.dilation, 1.0)
         if not reasons:
             plain = attend(case, "natten")
@@ -147,20 +149,20 @@ def op_rows(bench: Bench, setting: Setting) -> list[Row]:
             calls["natten"] = lambda inputs=inputs, plain=plain: inputs.step(plain, rpb=False)
         flex_note = _add_flex(bench, setting, case, inputs, call, calls)
         times = bench.times(case.name, calls)
-        mine = times[impl]
-        name = f"{case.name}, {impl} with rpb"
-        for rival, bar, note in (
+        mine = times[backend]
+        name = f"{case.name}, {backend} with rpb"
+        for baseline, bar, note in (
             ("natten", Bar(">=", 1), "; ".join(reasons)),
             ("FlexAttention", Bar(">=", 2), flex_note),
         ):
-            against = f"{rival} {'without' if rival == 'natten' else 'with'} rpb"
-            if rival in times:
-                rows.append(Row(name, mine, against, times[rival], times[rival] / mine, bar))
+            against = f"{baseline} {'without' if baseline == 'natten' else 'with'} rpb"
+            if baseline in times:
+                rows.append(Row(name, mine, against, times[baseline], times[baseline] / mine, bar))
             else:
                 rows.append(Row(name, mine, against, note=note))
         floor = floor_ms(case, setting, *speed)
         rows.append(Row(f"{case.name}, fraction of floor", mine, "bytes or FLOPs", floor, floor / mine))
-        rows.append(_memory(case, setting, inputs, calls[impl]))
+        rows.append(_memory(case, setting, inputs, calls[backend]))
         bench.curve(
             "tokens" if case.dilation == 1 else "tokens, dilated", case.size[0] * case.size[1] * case.heads, times
         )
@@ -174,7 +176,7 @@ def _add_flex(bench: Bench, setting: Setting, case: Case, inputs: Inputs, call: 
     if bench.elapsed > BUDGET:
         return f"not compiled: {BUDGET:.0f} s had passed"
     try:
-        flex = rivals.Flex(case.size, KERNEL, case.dilation, setting.device)
+        flex = baselines.Flex(case.size, KERNEL, case.dilation, setting.device)
         sorted_inputs = Inputs.__new__(Inputs)
         sorted_inputs.qkv = [flex.sort(t.detach()).requires_grad_(not setting.dry) for t in inputs.qkv]
         sorted_inputs.rpb, sorted_inputs.grad_out = inputs.rpb, flex.sort(inputs.grad_out)
@@ -188,7 +190,7 @@ def _add_flex(bench: Bench, setting: Setting, case: Case, inputs: Inputs, call: 
             calls["FlexAttention"] = lambda: sorted_inputs.step(flex)
     except ParityError:
         raise
-    except Exception as error:  # a competitor that does not compile or run is a result, too
+    except Exception as error:  # a baseline that does not compile or run is a result, too
         return f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else type(error).__name__
     return ""
 
@@ -213,9 +215,9 @@ def train_rows(bench: Bench, setting: Setting) -> list[Row]:
     if setting.dry:
         small = dict(embed_dim=32, depths=[1, 1], num_heads=[1, 2])
         model = DiNAT(**small, mlp_ratio=2.0, dilations=[[1], [2]], kernel_size=3)
-        swin = rivals.swin_large(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4))
+        swin = baselines.swin_large(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4))
     else:
-        model, swin = DiNAT(arch="dinat_large", dilations="coco"), rivals.swin_large()
+        model, swin = DiNAT(arch="dinat_large", dilations="coco"), baselines.swin_large()
     image = torch.randn(setting.train_batch, 3, *setting.image, device=setting.device)
 
     def step(network) -> Callable:

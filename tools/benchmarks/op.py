@@ -1,4 +1,4 @@
-"""The op by itself: its implementations beside each other and beside natten, and how time grows."""
+"""The op by itself: its backends beside each other and beside natten, and how time grows."""
 
 import itertools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch import nn
 
 from dinat_backbones.ops import neighborhood_attention_2d
 
-from . import rivals
+from . import baselines
 from .core import Bar, Bench, Row, agree, inference, relative
 
 KERNEL, HEADS, HEAD_DIM = 7, 2, 32  # the first stage of DiNAT-Mini and DiNAT-Tiny
@@ -45,9 +45,9 @@ def op_call(inputs: OpInputs, function: Callable, backward: bool) -> Callable:
     return inference(function, *inputs.qkv, inputs.rpb)
 
 
-def op(dilation: int, impl: str = "cpu") -> Callable:
+def op(dilation: int, backend: str = "cpu") -> Callable:
     def call(query, key, value, rpb):
-        return neighborhood_attention_2d(query, key, value, rpb, kernel_size=KERNEL, dilation=dilation, impl=impl)
+        return neighborhood_attention_2d(query, key, value, rpb, kernel_size=KERNEL, dilation=dilation, backend=backend)
 
     return call
 
@@ -63,19 +63,19 @@ def parity_op(bench: Bench) -> None:
     exact = small.to(torch.Tensor.double, torch.float64)
     for dilation in (1, 5):
         expected = exact.gradients(op(dilation, "reference"))
-        for impl in ("cpu", "tiled"):
-            agree(f"op {impl}, d={dilation}, against reference", small.gradients(op(dilation, impl)), expected)
+        for backend in ("cpu", "tiled"):
+            agree(f"op {backend}, d={dilation}, against reference", small.gradients(op(dilation, backend)), expected)
     bench.say("parity: cpu and tiled agree with the reference in float64, forward and gradients")
     inputs = OpInputs(bench.sizes.map)
     for dilation in bench.sizes.dilations:
         ours = inputs.gradients(op(dilation))
         agree(f"op cpu, d={dilation}, full size, against tiled", ours, inputs.gradients(op(dilation, "tiled")))
-        if rivals.natten2dav:
-            out, *grads, grad_rpb = natten_inputs(inputs).gradients(rivals.natten_op(KERNEL, dilation))
+        if baselines.natten2dav:
+            out, *grads, grad_rpb = natten_inputs(inputs).gradients(baselines.natten_op(KERNEL, dilation))
             grads[0] = grads[0] * HEAD_DIM**-0.5
             theirs = [t.permute(0, 2, 3, 1, 4) for t in (out, *grads)]
-            agree(f"op cpu, d={dilation}, full size, against {rivals.NATTEN}", ours, (*theirs, grad_rpb))
-    bench.say(f"parity: cpu agrees with tiled{f' and {rivals.NATTEN}' if rivals.natten2dav else ''} at full size")
+            agree(f"op cpu, d={dilation}, full size, against {baselines.NATTEN}", ours, (*theirs, grad_rpb))
+    bench.say(f"parity: cpu agrees with tiled{f' and {baselines.NATTEN}' if baselines.natten2dav else ''} at full size")
 
 
 def op_rows(bench: Bench) -> list[Row]:
@@ -84,11 +84,11 @@ def op_rows(bench: Bench) -> list[Row]:
     rows = []
     for d, backward in itertools.product(bench.sizes.dilations, (False, True)):
         name, bar = f"op forward{'+backward' * backward} d={d}", Bar(">=", 6 if backward else 15)
-        calls = op_call(inputs, op(d), backward), op_call(theirs, rivals.natten_op(KERNEL, d), backward)
+        calls = op_call(inputs, op(d), backward), op_call(theirs, baselines.natten_op(KERNEL, d), backward)
         rows.append(
-            bench.speedup(name, calls[0], rivals.NATTEN, calls[1], bar)
-            if rivals.natten2dav
-            else Row(name, against=rivals.NATTEN, bar=bar, note=rivals.NEEDS_NATTEN)
+            bench.speedup(name, calls[0], baselines.NATTEN, calls[1], bar)
+            if baselines.natten2dav
+            else Row(name, against=baselines.NATTEN, bar=bar, note=baselines.NEEDS_NATTEN)
         )
 
     near, far = bench.sizes.dilations
@@ -139,9 +139,9 @@ def _curves(bench: Bench) -> None:
     """What the plot shows: forward time against dilation and against the number of tokens."""
 
     def draw(axis: str, at: int, label: str, inputs: OpInputs, dilation: int) -> None:
-        calls = {impl: op_call(inputs, op(dilation, impl), False) for impl in ("cpu", "tiled")}
-        if rivals.natten2dav:
-            calls[rivals.NATTEN] = op_call(natten_inputs(inputs), rivals.natten_op(KERNEL, dilation), False)
+        calls = {backend: op_call(inputs, op(dilation, backend), False) for backend in ("cpu", "tiled")}
+        if baselines.natten2dav:
+            calls[baselines.NATTEN] = op_call(natten_inputs(inputs), baselines.natten_op(KERNEL, dilation), False)
         bench.curve(axis, at, bench.times(f"op forward, {label}", calls))
 
     height, width = bench.sizes.map

@@ -1,4 +1,4 @@
-"""The picture of a run: time against dilation and against the number of tokens."""
+"""The image of a run: time against dilation and against the number of tokens."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ def draw(curves: list[dict], path: Path) -> str:
         What happened, in words: matplotlib may be missing, or there may be nothing to draw.
     """
     if not curves:
-        return "no curves in these suites, no picture"
+        return "no curves in these suites, no image"
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ModuleNotFoundError as error:
-        return f"no picture: {error.name} is not installed (pip install matplotlib)"
+        return f"no image: {error.name} is not installed (pip install matplotlib)"
     axes_names = list(dict.fromkeys(point["axis"] for point in curves))
     figure, axes = pyplot.subplots(1, len(axes_names), figsize=(5.5 * len(axes_names), 4), squeeze=False)
     for axis, drawn in zip(axes_names, axes[0], strict=True):

@@ -11,7 +11,7 @@ small_dinat = dict(
     dilations=[[1, 4], [1, 4], [1, 2], [1, 1]],
     mlp_ratio=2.0,
     drop_path_rate=0.0,
-    # larger than the trunk's own start, which suits long schedules
+    # larger than the backbone's own start, which suits long schedules
     init_cfg=dict(type="Xavier", layer="Linear", distribution="uniform"),
 )
 normalization = dict(mean=[127.5, 127.5, 127.5], std=[64.0, 64.0, 64.0])  # of the drawings

@@ -1,6 +1,6 @@
-"""The trunk's modules with their children under the names of transformers' files.
+"""The backbone's modules with their children under the names of transformers' files.
 
-The trunk builds them and runs them; it finds a renamed child under its own name through a property.
+The backbone builds them and runs them; it finds a renamed child under its own name through a property.
 """
 
 from functools import partial
@@ -121,7 +121,7 @@ class NatIntermediate(nn.Module):
 
 
 class NatLayer(GradientCheckpointingLayer, Block):
-    """The trunk's block. With `output_attentions` also the weights ``[B, heads, H, W, K * K]``, in float32."""
+    """The backbone's block. With `output_attentions` also the weights ``[B, heads, H, W, K * K]``, in float32."""
 
     layernorm_before: nn.Module
     layernorm_after: nn.Module
@@ -142,7 +142,7 @@ class NatLayer(GradientCheckpointingLayer, Block):
         scales = nn.Parameter(torch.full((2, dim), float(scale))) if scale > 0 else None
         self.register_parameter("layer_scale_parameters", scales)
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the trunk only calls it
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the backbone only calls it
         return self.output(self.intermediate(x))
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):
@@ -155,7 +155,7 @@ class NatLayer(GradientCheckpointingLayer, Block):
 
 
 class NatStage(Stage):
-    """The trunk's stage."""
+    """The backbone's stage."""
 
     layers: nn.ModuleList
     blocks = _alias("layers")
@@ -165,7 +165,7 @@ class NatStage(Stage):
         _rename(self, blocks="layers")
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):
-        """As the trunk's, and the weights of the last layer or None."""
+        """As the backbone's, and the weights of the last layer or None."""
         if not output_attentions:
             return *super().forward(x), None
         for layer in self.layers[:-1]:

@@ -68,7 +68,7 @@ class NatPreTrainedModel(PreTrainedModel):
 
 
 class NatModel(NatPreTrainedModel):
-    """The trunk with its last norm, which gives ``[B, H, W, C]``, and a mean over the map.
+    """The backbone with its last norm, which gives ``[B, H, W, C]``, and a mean over the map.
 
     Raises:
         ValueError: depths, num_heads, dilations or patch_size of `config` that do not fit together.

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
+
 pytest.importorskip("torchvision", reason="torchvision is missing; the benchmark compares with its Swin-T")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))  # which is no package
+sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 benchmark = importlib.import_module("benchmark")
 
 try:
@@ -56,7 +58,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 
 def test_missing_natten_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.rivals, "natten2dav", None)
+    monkeypatch.setattr(benchmark.baselines, "natten2dav", None)
     run(tmp_path / "report.json", "op")
     notes = [row["note"] for row in json.loads((tmp_path / "report.json").read_text())["rows"]]
     assert sum("make bench-classic" in note for note in notes) == 4 and "make bench-classic" in capsys.readouterr().out

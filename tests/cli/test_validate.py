@@ -1,4 +1,4 @@
-"""tools/validate.py over drawn pictures: the count by hand, resuming, and what it says where something is wrong."""
+"""tools/validate.py over drawn images: the count by hand, resuming, and what it says where something is wrong."""
 
 import importlib
 import json
@@ -6,18 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_by_name
 from PIL import Image
+
+from helpers import ROOT, fill_by_name
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install torchvision")
 from dinat_backbones import create_classifier, zoo
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 validate = importlib.import_module("validate")
 
@@ -54,7 +53,7 @@ def tool(monkeypatch):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Noise of several shapes in six folders."""
-    root, random = tmp_path_factory.mktemp("pictures") / "val", np.random.default_rng(0)
+    root, random = tmp_path_factory.mktemp("images") / "val", np.random.default_rng(0)
     for label in CLASSES:
         (root / label).mkdir(parents=True)
         for number in range(EACH):
@@ -73,16 +72,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(folder, checkpoint):
-    """Counted by hand: PIL and numpy for the pictures, one at a time, ranks by sorting."""
+    """Counted by hand: PIL and numpy for the images, one at a time, ranks by sorting."""
     model = small(MODEL, len(CLASSES)).eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
     top1 = top5 = 0
     for label, name in enumerate(CLASSES):
         for path in sorted((folder / name).iterdir()):
-            picture = Image.open(path).convert("RGB")
-            short = min(picture.size)
-            width, height = (int(side * 256 / short) for side in picture.size)
-            pixels = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+            image = Image.open(path).convert("RGB")
+            short = min(image.size)
+            width, height = (int(side * 256 / short) for side in image.size)
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
             top, left = round((height - 224) / 2), round((width - 224) / 2)
             pixels = pixels[top : top + 224, left : left + 224]
             pixels = (pixels - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
@@ -168,7 +167,7 @@ def test_half_precision(tool, folder, checkpoint, tmp_path, expected):
     assert state["done"] == 18 and abs(state["top1"] - expected["top1"]) <= 2
 
 
-def test_pictures_are_prepared_as_published():
+def test_images_are_prepared_as_published():
     for name, (before, after) in {"dinat_mini": (256, 224), "dinat_large_384": (384, 384)}.items():
         row = zoo.CLASSIFICATION[name]
         assert int(row.resolution / row.crop_fraction) == before and row.resolution == after
@@ -192,13 +191,13 @@ def test_table():
 
 
 def imagenet(root):
-    """A thousand folders of one tiny picture."""
-    picture = root / "one.png"
+    """A thousand folders of one tiny image."""
+    image = root / "one.png"
     root.mkdir()
-    Image.new("RGB", (8, 8)).save(picture)
+    Image.new("RGB", (8, 8)).save(image)
     for number in range(1000):
         (root / "val" / f"n{number:08}").mkdir(parents=True)
-        (root / "val" / f"n{number:08}" / "one.png").hardlink_to(picture)
+        (root / "val" / f"n{number:08}" / "one.png").hardlink_to(image)
     return root
 
 
@@ -226,7 +225,7 @@ def broken(folder, tmp_path):
     (tmp_path / "flat" / "ILSVRC2012_val_00000001.JPEG").touch()
     (tmp_path / "hollow" / "ant").mkdir(parents=True)
     (tmp_path / "damaged" / "ant").mkdir(parents=True)
-    (tmp_path / "damaged" / "ant" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "damaged" / "ant" / "a.png").write_bytes(b"no image")
     return tmp_path
 
 
@@ -256,9 +255,9 @@ def test_what_is_wrong_is_said(tool, broken, words, message, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_picture_and_other_classes_are_named(tool, broken, folder, tmp_path, workers):
+def test_damaged_image_and_other_classes_are_named(tool, broken, folder, tmp_path, workers):
     torch.save(small(MODEL, 1).state_dict(), tmp_path / "one.pth")
     words = [MODEL, "--checkpoint", tmp_path / "one.pth", "--state", tmp_path / "state", "--workers", workers]
-    assert "a.png cannot be read as a picture" in tool(broken / "damaged", *words)
+    assert "a.png cannot be read as an image" in tool(broken / "damaged", *words)
     assert "is for another number of classes than the 6 folders" in tool(folder, *words)
     assert not states(tmp_path / "state")

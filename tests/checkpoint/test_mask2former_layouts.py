@@ -3,23 +3,21 @@
 import os
 import pickle
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import fill_by_name
-from test_convert import run_tool
 from torch import nn
 
 from dinat_backbones import DiNAT
 from dinat_backbones.checkpoint import convert, load_model, read
 from dinat_backbones.checkpoint.mask2former import HOMES, home
 from dinat_backbones.zoo import ade20k
+from helpers import ROOT, fill_by_name, run_tool
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo" / "mask2former_dinat_shapes.py"
-TRUNK = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
-TRUNK["dilations"] = [[1], [2], [1, 2], [1]]
+CONFIG = ROOT / "configs" / "demo" / "mask2former_dinat_shapes.py"
+BACKBONE = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
+BACKBONE["dilations"] = [[1], [2], [1, 2], [1]]
 CHANNELS = (32, 64, 128, 256)
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 WIDTH, HEADS, ENCODER, DECODER, FFN, QUERIES, CLASSES = 64, 4, 2, 4, 80, 7, 4
@@ -55,7 +53,7 @@ def mmdet_model():
     import dinat_backbones.adapters.openmmlab  # noqa: F401
 
     model = Config.fromfile(CONFIG).model
-    model.backbone.update(TRUNK, init_cfg=None, drop_path_rate=0.0)
+    model.backbone.update(BACKBONE, init_cfg=None, drop_path_rate=0.0)
     head = model.panoptic_head
     head.num_queries = QUERIES
     head.enforce_decoder_input_project = True  # so that every line of the table has a tensor
@@ -106,7 +104,11 @@ def detectron2_model():
     }
 
     model = nn.Module()
-    model.backbone, model.sem_seg_head, model.criterion = DiNAT(**TRUNK), build_sem_seg_head(cfg, shapes), nn.Module()
+    model.backbone, model.sem_seg_head, model.criterion = (
+        DiNAT(**BACKBONE),
+        build_sem_seg_head(cfg, shapes),
+        nn.Module(),
+    )
     model.criterion.register_buffer("empty_weight", torch.full((CLASSES + 1,), float("nan")))
     return model.eval()
 
@@ -118,14 +120,14 @@ def detectron2_logits(model, image):
     return [layer["pred_logits"] for layer in layers], [layer["pred_masks"] for layer in layers]
 
 
-def huggingface_model(trunk=None):
-    """With the trunk of this configuration, or with none."""
+def huggingface_model(backbone=None):
+    """With the backbone of this configuration, or with none."""
     pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     channels = SwinConfig(embed_dim=CHANNELS[0], depths=[1] * 4, num_heads=[1] * 4, out_features=STAGES)
     config = Mask2FormerConfig(
-        backbone_config=trunk or channels,
+        backbone_config=backbone or channels,
         feature_size=WIDTH,
         mask_feature_size=WIDTH,
         hidden_dim=WIDTH,
@@ -139,7 +141,7 @@ def huggingface_model(trunk=None):
         enforce_input_projection=True,
     )
     model = Mask2FormerForUniversalSegmentation(config)
-    if trunk is None:
+    if backbone is None:
         model.model.pixel_level_module.encoder = nn.Identity()
     return model.eval()
 
@@ -199,11 +201,11 @@ def test_transformers_gives_mmdets_logits(weights, image):
 
 
 def test_transformers_with_its_dinat_gives_mmdets_logits(tmp_path, weights, image):
-    """The trunk, too; from a file as transformers saves it, and back bit by bit."""
+    """The backbone, too; from a file as transformers saves it, and back bit by bit."""
     reason = "transformers' models are not there: pip install 'dinat_backbones[huggingface]'"
     adapter = pytest.importorskip("dinat_backbones.adapters.huggingface", reason=reason)
     theirs, ours = (
-        huggingface_model(adapter.DinatConfig(**TRUNK, drop_path_rate=0.0, out_features=STAGES)),
+        huggingface_model(adapter.DinatConfig(**BACKBONE, drop_path_rate=0.0, out_features=STAGES)),
         mmdet_model(),
     )
     state, _ = convert(weights, "huggingface")
@@ -331,37 +333,39 @@ def test_other_kernel_size(weights):
     assert [change.target for change in changes if change.kind == "resized"] == tables
 
 
-def test_trunk_of_a_mask2former(weights):
-    trunk = {k.removeprefix("backbone."): v for k, v in weights["state_dict"].items() if k.startswith("backbone.")}
+def test_backbone_of_a_mask2former(weights):
+    backbone = {k.removeprefix("backbone."): v for k, v in weights["state_dict"].items() if k.startswith("backbone.")}
     state, changes = convert(convert(weights, "detectron2")[0], "imagenet")
-    assert_equal(state, trunk)
+    assert_equal(state, backbone)
     assert {change.kind for change in changes} == {"renamed", "dropped"}
 
 
 def imagenet():
-    trunk = {name: t for name, t in fill_by_name(DiNAT(**TRUNK)).state_dict().items() if not name.startswith("norm")}
-    return trunk | {"norm.weight": torch.ones(256), "norm.bias": torch.ones(256), "head.weight": torch.ones(9, 256)}
+    backbone = {
+        name: t for name, t in fill_by_name(DiNAT(**BACKBONE)).state_dict().items() if not name.startswith("norm")
+    }
+    return backbone | {"norm.weight": torch.ones(256), "norm.bias": torch.ones(256), "head.weight": torch.ones(9, 256)}
 
 
 def test_classification_to_detectron2_and_back():
     file, changes = convert(imagenet(), "detectron2")
     assert file["matching_heuristics"] is True and set(file) == {"model", "__author__", "matching_heuristics"}
-    trunk = {name: t for name, t in imagenet().items() if not name.startswith(("norm.", "head."))}
-    assert_equal(file["model"], trunk)
+    backbone = {name: t for name, t in imagenet().items() if not name.startswith(("norm.", "head."))}
+    assert_equal(file["model"], backbone)
     assert {c.source for c in changes if c.kind == "dropped"} == {"norm.weight", "norm.bias", "head.weight"}
-    assert_equal(convert(file, "imagenet")[0], trunk)
-    assert_equal(convert(file, "mmdet3")[0]["state_dict"], {f"backbone.{name}": t for name, t in trunk.items()})
+    assert_equal(convert(file, "imagenet")[0], backbone)
+    assert_equal(convert(file, "mmdet3")[0]["state_dict"], {f"backbone.{name}": t for name, t in backbone.items()})
 
 
-def test_trunk_with_output_norms_keeps_its_prefix():
+def test_backbone_with_output_norms_keeps_its_prefix():
     """Without it, detectron2 would put `norm2.weight` wherever a name ends like that."""
-    trunk = fill_by_name(DiNAT(**TRUNK)).state_dict()
-    file, _ = convert(trunk, "detectron2")
+    backbone = fill_by_name(DiNAT(**BACKBONE)).state_dict()
+    file, _ = convert(backbone, "detectron2")
     assert "matching_heuristics" not in file and all(name.startswith("backbone.") for name in file["model"])
-    pyramid = {f"backbone.bottom_up.{name}": t for name, t in trunk.items()} | {
+    pyramid = {f"backbone.bottom_up.{name}": t for name, t in backbone.items()} | {
         "backbone.fpn_lateral2.weight": torch.ones(1)
     }
-    assert_equal(convert({"model": pyramid, "iteration": 3}, "imagenet")[0], trunk)
+    assert_equal(convert({"model": pyramid, "iteration": 3}, "imagenet")[0], backbone)
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone.bottom_up."])
@@ -370,12 +374,12 @@ def test_detectron2_finds_the_place_of_a_classification_file(tmp_path, prefix):
     from detectron2.checkpoint import DetectionCheckpointer
 
     torch.save(imagenet(), tmp_path / "imagenet.pth")
-    run_tool(tmp_path / "imagenet.pth", tmp_path / "trunk.pkl", "--to", "detectron2")
+    run_tool(tmp_path / "imagenet.pth", tmp_path / "backbone.pkl", "--to", "detectron2")
     model = nn.Module()
-    model.backbone = holder = nn.Module() if "bottom_up" in prefix else DiNAT(**TRUNK)
+    model.backbone = holder = nn.Module() if "bottom_up" in prefix else DiNAT(**BACKBONE)
     if "bottom_up" in prefix:
-        holder.bottom_up = DiNAT(**TRUNK)
-    DetectionCheckpointer(model).load(str(tmp_path / "trunk.pkl"))
+        holder.bottom_up = DiNAT(**BACKBONE)
+    DetectionCheckpointer(model).load(str(tmp_path / "backbone.pkl"))
     found = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
     expected = imagenet()
     for name, tensor in found.items():

@@ -1,27 +1,19 @@
-"""The op against truths that share no code with it: a loop in float64, golden arrays, natten itself."""
+"""The op against references that share no code with it: a loop in float64, golden arrays, natten itself."""
 
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import EVERYWHERE, GOLDEN, load_golden
 
 from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 from dinat_backbones.ops import cpu, reference
+from helpers import EVERYWHERE, GOLDEN, draw, load_golden, run, sample, to_dtype, worst
 
+pytestmark = pytest.mark.usefixtures("poison")
 NAMES = EVERYWHERE
+SHAPES = 520
 OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Freshly allocated memory holds NaN, so that an element nobody wrote is seen."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def brute_force(query, key, value, rpb, kernel_size, dilation, scale):
@@ -52,42 +44,12 @@ def brute_force(query, key, value, rpb, kernel_size, dilation, scale):
     return out
 
 
-def draw(batch, height, width, heads, dim, kernel_size, *, rpb=True, dtype=torch.float64, seed=0, fused=False):
-    generator = torch.Generator().manual_seed(seed)
-    if fused:  # views of one qkv projection, as the module makes them
-        qkv = torch.randn(batch, height, width, 3, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
-        tensors = list(qkv.unbind(3))
-    else:
-        shape = (batch, height, width, heads, dim)
-        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-    table = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1, generator=generator, dtype=torch.float64)
-    grad_out = torch.randn(batch, height, width, heads, dim, generator=generator, dtype=torch.float64).to(dtype)
-    return tensors, table.to(dtype) if rpb else None, grad_out
-
-
-def run(tensors, rpb, grad_out, **settings):
-    """Output and gradients of query, key, value (and rpb)."""
-    inputs = [t.detach().requires_grad_() for t in (*tensors, rpb) if t is not None]
-    query, key, value, *table = inputs
-    out = neighborhood_attention_2d(query, key, value, *table, **settings)
-    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-
-
-def worst(got, expected):
-    assert len(got) == len(expected)
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(got, expected, strict=True))
-
-
-def to_dtype(values, dtype):
-    return [None if v is None else v.to(dtype) for v in values]
-
-
-# ---- truths
+# ---- references
 
 
 @pytest.mark.parametrize("name", OP_GOLDEN)
-@pytest.mark.parametrize("impl", NAMES)
-def test_golden(name, impl):
+@pytest.mark.parametrize("backend", NAMES)
+def test_golden(name, backend):
     meta, arrays = load_golden(name)
     generator = torch.Generator().manual_seed(meta["seed"])
     shape = [meta[k] for k in ("B", "heads", "H", "W", "head_dim")]
@@ -96,42 +58,18 @@ def test_golden(name, impl):
     rpb = torch.randn(meta["heads"], span, span, generator=generator, dtype=torch.float64)
     expected = [torch.from_numpy(arrays[k]).permute(0, 2, 3, 1, 4) for k in ("out", "grad_q", "grad_k", "grad_v")]
     expected.append(torch.from_numpy(arrays["grad_rpb"]))
-    settings = dict(kernel_size=meta["kernel_size"], dilation=meta["dilation"], scale=meta["scale"], impl=impl)
+    settings = dict(kernel_size=meta["kernel_size"], dilation=meta["dilation"], scale=meta["scale"], backend=backend)
     # the arrays are stored in float32, whose own rounding of the largest gradients is about 1e-6
     for dtype, bar in ((torch.float32, 1e-4), (torch.float64, 1e-5)):
-        if dtype == torch.float64 and impl == "cpu":
+        if dtype == torch.float64 and backend == "cpu":
             continue  # its dtypes are float32 and bfloat16
         *tensors, grad_out, table = to_dtype([*drawn, rpb], dtype)
         assert worst(run(tensors, table, grad_out, **settings), expected) <= bar
 
 
-def sample(index):
-    """Shape number `index`: kernel 3..13, dilation 1..28, borders, H or W exactly K * d, strided or not."""
-    rng = random.Random(index)
-    kernel_size = rng.choice([3, 3, 5, 5, 7, 7, 9, 11, 13])
-    limit = max(1, 60 // kernel_size)
-    dilation = rng.choice([1, 1, 2, 3, rng.randint(1, limit), limit if kernel_size > 3 else 28])
-    reach = kernel_size * dilation
-    height, width = (reach + rng.choice([0, 0, 1, rng.randint(0, dilation), rng.randint(0, 20)]) for _ in range(2))
-    if index % 10 == 0:
-        width += 40  # several vectors of lanes
-    dim = rng.choice([1, 3, 8, 8, 12, 16, 20])
-    small = height * width > 1500
-    return dict(
-        shape=(1 if small else rng.randint(1, 2), height, width, 1 if small else rng.randint(1, 3), dim),
-        kernel_size=kernel_size,
-        dilation=dilation,
-        rpb=rng.random() < 0.8,
-        fused=rng.random() < 0.5,
-    )
-
-
-SHAPES = 520
-
-
 @pytest.mark.parametrize("part", range(10))
 def test_random_shapes(part):
-    """520 shapes: `reference` forward against the loop, then every implementation, with gradients, against `reference`,
+    """520 shapes: `reference` forward against the loop, then every backend, with gradients, against `reference`,
     whose own gradients are checked numerically below."""
     for index in range(part, SHAPES, 10):
         case = sample(index)
@@ -139,26 +77,26 @@ def test_random_shapes(part):
             *case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index
         )
         settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
-        truth = run(tensors, rpb, grad_out, impl="reference", **settings)
+        expected = run(tensors, rpb, grad_out, backend="reference", **settings)
         arrays = [None if t is None else t.numpy() for t in (*tensors, rpb)]
         loop = brute_force(*arrays, **settings, scale=case["shape"][-1] ** -0.5)
-        assert worst([truth[0]], [torch.from_numpy(loop)]) < 1e-12, case
-        assert worst(run(tensors, rpb, grad_out, impl="tiled", **settings), truth) < 1e-11, case
+        assert worst([expected[0]], [torch.from_numpy(loop)]) < 1e-12, case
+        assert worst(run(tensors, rpb, grad_out, backend="tiled", **settings), expected) < 1e-11, case
         *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-        for impl in ("tiled", "cpu"):
-            got = run(singles, table, grad, impl=impl, **settings)
-            for a, b in zip(got, truth, strict=True):
+        for backend in ("tiled", "cpu"):
+            got = run(singles, table, grad, backend=backend, **settings)
+            for a, b in zip(got, expected, strict=True):
                 # gradients of the bias sum over the map
-                assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item()), (impl, case)
+                assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item()), (backend, case)
 
 
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
-def test_gradients_numerically(impl):
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_gradients_numerically(backend):
     tensors, rpb, _ = draw(1, 7, 9, 1, 2, 3)
     inputs = [t.requires_grad_() for t in (*tensors, rpb)]
 
     def attend(*inputs):
-        return neighborhood_attention_2d(*inputs, kernel_size=3, dilation=2, impl=impl)
+        return neighborhood_attention_2d(*inputs, kernel_size=3, dilation=2, backend=backend)
 
     assert torch.autograd.gradcheck(attend, inputs)
 
@@ -168,10 +106,10 @@ def test_gradients_numerically(impl):
 def test_head_dims_and_large_kernels(dim, kernel_size, dilation):
     tensors, rpb, grad_out = draw(1, 24, 41, 2, dim, kernel_size)
     settings = dict(kernel_size=kernel_size, dilation=dilation)
-    truth = run(tensors, rpb, grad_out, impl="reference", **settings)
+    expected = run(tensors, rpb, grad_out, backend="reference", **settings)
     *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-    for impl in ("cpu", "tiled"):
-        assert worst(run(singles, table, grad, impl=impl, **settings), truth) < 1e-4
+    for backend in ("cpu", "tiled"):
+        assert worst(run(singles, table, grad, backend=backend, **settings), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
@@ -185,11 +123,11 @@ def test_instruction_sets(name):
             case = sample(index)
             tensors, rpb, grad_out = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], seed=index)
             settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
-            truth = run(tensors, rpb, grad_out, impl="reference", **settings)
+            expected = run(tensors, rpb, grad_out, backend="reference", **settings)
             for dtype, bar in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
                 *converted, table, grad = to_dtype([*tensors, rpb, grad_out], dtype)
-                got = run(converted, table, grad, impl="cpu", **settings)
-                for a, b in zip(got, truth, strict=True):
+                got = run(converted, table, grad, backend="cpu", **settings)
+                for a, b in zip(got, expected, strict=True):
                     assert (a - b).abs().max() <= bar * max(1.0, b.abs().max().item()), case
     finally:
         cpu._library.na2d_use_instruction_set(best.encode())
@@ -201,15 +139,15 @@ def test_instruction_sets(name):
 def test_maps_cut_into_strips(height, width, heads, dim, kernel_size, dilation):
     tensors, rpb, grad_out = draw(1, height, width, heads, dim, kernel_size, dtype=torch.float32)
     settings = dict(kernel_size=kernel_size, dilation=dilation)
-    truth = run(*[[t.double() for t in tensors], rpb.double(), grad_out.double()], impl="tiled", **settings)
-    for a, b in zip(run(tensors, rpb, grad_out, impl="cpu", **settings), truth, strict=True):
+    expected = run(*[[t.double() for t in tensors], rpb.double(), grad_out.double()], backend="tiled", **settings)
+    for a, b in zip(run(tensors, rpb, grad_out, backend="cpu", **settings), expected, strict=True):
         assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item())
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_threads_change_nothing(threads):
     tensors, rpb, grad_out = draw(2, 57, 40, 2, 16, 7, dtype=torch.float32)
-    settings = dict(kernel_size=7, dilation=2, impl="cpu")
+    settings = dict(kernel_size=7, dilation=2, backend="cpu")
     before = torch.get_num_threads()
     first = run(tensors, rpb, grad_out, **settings)
     try:
@@ -226,11 +164,13 @@ def test_child_of_a_fork():
 
     # small enough for torch itself not to start threads, which would hang in a child
     tensors, rpb, _ = draw(1, 30, 30, 2, 16, 7, dtype=torch.float32)
-    expected = neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu")  # the parent's threads exist by now
+    expected = neighborhood_attention_2d(
+        *tensors, rpb, kernel_size=7, backend="cpu"
+    )  # the parent's threads exist by now
     pipe, end = multiprocessing.Pipe()
 
     def child():
-        end.send(neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu").numpy())
+        end.send(neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu").numpy())
 
     process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
@@ -244,12 +184,12 @@ def test_child_of_a_fork():
 # ---- dtypes
 
 
-@pytest.mark.parametrize("impl", NAMES)
-def test_bfloat16_is_as_good_as_eager(impl):
+@pytest.mark.parametrize("backend", NAMES)
+def test_bfloat16_is_as_good_as_eager(backend):
     """Error against float64 no worse than that of plain PyTorch all in bfloat16, plus a tolerance."""
     tensors, rpb, grad_out = draw(1, 30, 37, 2, 32, 7, dtype=torch.bfloat16)
     settings = dict(kernel_size=7, dilation=2)
-    truth = run(*[[t.double() for t in tensors], rpb.double(), grad_out.double()], impl="reference", **settings)
+    expected = run(*[[t.double() for t in tensors], rpb.double(), grad_out.double()], backend="reference", **settings)
 
     inputs = [t.detach().requires_grad_() for t in (*tensors, rpb)]
     rows, row_bias = reference.window(30, 7, 2, torch.device("cpu"))
@@ -261,10 +201,10 @@ def test_bfloat16_is_as_good_as_eager(impl):
     out = torch.einsum("bhwnij,bhiwjnd->bhwnd", weights, value[:, rows][:, :, :, columns])
     eager = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
-    got = run(tensors, rpb.float(), grad_out, impl=impl, **settings)
+    got = run(tensors, rpb.float(), grad_out, backend=backend, **settings)
     assert got[0].dtype == got[1].dtype == torch.bfloat16
     assert got[-1].dtype == torch.float32
-    for a, plain, b in zip(got, eager, truth, strict=True):
+    for a, plain, b in zip(got, eager, expected, strict=True):
         assert (a - b).abs().max() <= (plain - b).abs().max() + 1e-2 * b.abs().max()
 
 
@@ -273,8 +213,8 @@ def test_infinities_and_nans_stay_in_their_windows():
     tensors[2][0, 3, 20, 0, 2] = math.nan
     tensors[2][0, 0, 1, 0, 4] = math.inf
     bad = {
-        impl: ~neighborhood_attention_2d(*tensors, rpb, kernel_size=5, dilation=2, impl=impl).isfinite()
-        for impl in NAMES
+        backend: ~neighborhood_attention_2d(*tensors, rpb, kernel_size=5, dilation=2, backend=backend).isfinite()
+        for backend in NAMES
     }
     assert bad["reference"].any()
     assert torch.equal(bad["cpu"], bad["reference"])
@@ -283,24 +223,24 @@ def test_infinities_and_nans_stay_in_their_windows():
 # ---- layouts
 
 
-@pytest.mark.parametrize("impl", NAMES)
-def test_strided_inputs(impl):
+@pytest.mark.parametrize("backend", NAMES)
+def test_strided_inputs(backend):
     tensors, rpb, grad_out = draw(2, 21, 33, 2, 16, 7, dtype=torch.float32)
-    expected = run(tensors, rpb, grad_out, kernel_size=7, dilation=3, impl="reference")
+    expected = run(tensors, rpb, grad_out, kernel_size=7, dilation=3, backend="reference")
     heads_first = [t.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4) for t in tensors]
     dims_first = [t.permute(0, 4, 1, 2, 3).contiguous().permute(0, 2, 3, 4, 1) for t in tensors]
     wide = [torch.stack([t, t * math.nan], -1)[..., 0] for t in tensors]
     for layout in (heads_first, dims_first, wide):
         assert not layout[0].is_contiguous()
-        got = run(layout, rpb, grad_out.expand_as(grad_out), kernel_size=7, dilation=3, impl=impl)
+        got = run(layout, rpb, grad_out.expand_as(grad_out), kernel_size=7, dilation=3, backend=backend)
         assert worst(got, expected) < 1e-4
 
 
-@pytest.mark.parametrize("impl", NAMES)
+@pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_equals_apart(impl, dtype):
+def test_packed_equals_apart(backend, dtype):
     tensors, rpb, grad_out = draw(2, 15, 23, 2, 32, 7, dtype=dtype, fused=True)
-    settings = dict(kernel_size=7, dilation=2, scale=0.3, impl=impl)
+    settings = dict(kernel_size=7, dilation=2, scale=0.3, backend=backend)
     out, *grads, grad_rpb = run(tensors, rpb, grad_out, **settings)
     inputs = [torch.stack(tensors, 3).requires_grad_(), rpb.requires_grad_()]
     packed = neighborhood_attention_2d_qkvpacked(*inputs, **settings)
@@ -316,17 +256,17 @@ def test_packed_of_another_shape():
 def test_expanded_gradient():
     tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
     results = []
-    for impl in ("reference", "cpu"):
+    for backend in ("reference", "cpu"):
         inputs = [t.detach().requires_grad_() for t in (*tensors, rpb)]
-        out = neighborhood_attention_2d(*inputs, kernel_size=7, impl=impl)
+        out = neighborhood_attention_2d(*inputs, kernel_size=7, backend=backend)
         results.append(torch.autograd.grad(out.sum(), inputs))  # the gradient of a sum has strides of zero
     assert worst(*results) < 1e-5
 
 
 def test_empty_batch():
     tensors, rpb, grad_out = draw(0, 9, 9, 1, 8, 7, dtype=torch.float32)
-    for impl in NAMES:
-        out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, impl=impl)
+    for backend in NAMES:
+        out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, backend=backend)
         assert out.shape == (0, 9, 9, 1, 8)
         assert not grad_rpb.any()
 
@@ -344,12 +284,12 @@ def test_registration():
         opcheck(torch.ops.dinat_backbones.na2d, (qkv, rpb.requires_grad_(), 7, 1, 0.25))
 
 
-@pytest.mark.parametrize("impl", [None, "cpu", "tiled"])
-def test_compile_fullgraph(impl):
+@pytest.mark.parametrize("backend", [None, "cpu", "tiled"])
+def test_compile_fullgraph(backend):
     tensors, rpb, grad_out = draw(1, 15, 17, 2, 16, 7, dtype=torch.float32)
 
     def attend(query, key, value, table):
-        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=7, dilation=2, impl=impl)
+        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=7, dilation=2, backend=backend)
 
     results = []
     for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
@@ -373,7 +313,7 @@ def natten_functions():
 
 @pytest.mark.parametrize("part", range(4))
 def test_against_natten_with_bias(part):
-    """Forward and all gradients over 200 random shapes, float64 where the implementation takes it."""
+    """Forward and all gradients over 200 random shapes, float64 where the backend takes it."""
     qkrpb, av = natten_functions()
     for index in range(1000 + part, 1200, 4):
         case = sample(index)
@@ -385,11 +325,11 @@ def test_against_natten_with_bias(part):
         query, key, value = (t.permute(0, 3, 1, 2, 4).contiguous() for t in inputs[:3])
         logits = qkrpb(query * case["shape"][-1] ** -0.5, key, inputs[3], *settings.values())
         out = av(logits.softmax(-1), value, *settings.values()).permute(0, 2, 3, 1, 4)
-        truth = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-        for impl in ("reference", "tiled"):
-            assert worst(run(tensors, rpb, grad_out, impl=impl, **settings), truth) < 1e-10, (impl, case)
+        expected = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+        for backend in ("reference", "tiled"):
+            assert worst(run(tensors, rpb, grad_out, backend=backend, **settings), expected) < 1e-10, (backend, case)
         *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-        for a, b in zip(run(singles, table, grad, impl="cpu", **settings), truth, strict=True):
+        for a, b in zip(run(singles, table, grad, backend="cpu", **settings), expected, strict=True):
             assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item()), case
 
 
@@ -400,12 +340,12 @@ def test_against_present_natten_without_bias():
     for seed, (height, width, kernel_size, dilation) in enumerate([(9, 11, 7, 1), (21, 22, 5, 3), (28, 33, 7, 4)]):
         tensors, _, _ = draw(1, height, width, 2, 32, kernel_size, rpb=False, seed=seed, dtype=torch.float32)
         try:  # on the CPU it has no gradients
-            truth = natten.na2d(*tensors, kernel_size=kernel_size, dilation=dilation)
+            expected = natten.na2d(*tensors, kernel_size=kernel_size, dilation=dilation)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             pytest.skip(f"natten {natten.__version__} does not run here: {error}")
-        for impl in NAMES:
-            got = neighborhood_attention_2d(*tensors, kernel_size=kernel_size, dilation=dilation, impl=impl)
-            assert worst([got], [truth]) < 1e-4
+        for backend in NAMES:
+            got = neighborhood_attention_2d(*tensors, kernel_size=kernel_size, dilation=dilation, backend=backend)
+            assert worst([got], [expected]) < 1e-4
 
 
 # ---- bad input
@@ -421,7 +361,7 @@ GOOD = dict(shape=(1, 9, 11, 2, 8), kernel_size=7, dilation=1)
         (dict(kernel_size=1), "kernel_size=1: expected an odd"),
         (dict(dilation=0), "dilation=0: expected at least 1"),
         (dict(dilation=2), r"9x11 map is smaller than kernel_size \* dilation = 7 \* 2 = 14"),
-        (dict(impl="fast"), "impl='fast' is unknown"),
+        (dict(backend="fast"), "backend='fast' is unknown"),
         (dict(rpb=torch.zeros(2, 7, 7)), r"rpb has shape \[2, 7, 7\]; expected .* \[2, 13, 13\]"),
         (dict(key=torch.zeros(1, 9, 11, 2, 16)), "must share one shape"),
         (dict(value=torch.zeros(1, 9, 11, 2, 8, dtype=torch.float64)), "must share one floating dtype"),
@@ -436,10 +376,10 @@ def test_bad_input(change, message):
         neighborhood_attention_2d(**arguments)
 
 
-def test_named_implementation_never_falls_back():
+def test_named_backend_never_falls_back():
     tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match=r"impl='cpu' cannot run this call: dtype torch.float16 is not one of"):
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu")
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run this call: dtype torch.float16 is not one of"):
+        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu")
     assert neighborhood_attention_2d(*tensors, rpb, kernel_size=7).dtype == torch.float16  # but any other may run
 
 
@@ -450,7 +390,7 @@ def test_missing_kernel_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "_missing", reason)
     tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="was not built when the package was installed"):
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="cpu")
+        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu")
     neighborhood_attention_2d(*tensors, rpb, kernel_size=7)  # tiled takes over
     (tmp_path / "_na2d.so").write_bytes(b"not a library")
     assert "does not load on this machine" in cpu._load(tmp_path / "_na2d.so")[1]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinat_backbones import DiNAT, NeighborhoodAttention2D, neighborhood_attention_2d, zoo
 from dinat_backbones.ops.flops import attention_macs, count_macs
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import get_flops  # noqa: E402
 
@@ -31,7 +30,7 @@ def test_products_are_those_of_the_reference(kernel_size, dilation):
     height, width, heads, head_dim = 14, 17, 2, 4
     query, key, value, _ = tensors("cpu", height, width, heads, head_dim)
     with FlopCounterMode(display=False) as counter:
-        neighborhood_attention_2d(query, key, value, kernel_size=kernel_size, dilation=dilation, impl="reference")
+        neighborhood_attention_2d(query, key, value, kernel_size=kernel_size, dilation=dilation, backend="reference")
     products = counter.get_total_flops() // 2
     assert products == attention_macs(2 * height * width, heads, head_dim, kernel_size, bias=False)
     bias = attention_macs(2 * height * width, heads, head_dim, kernel_size) - products
@@ -66,12 +65,12 @@ def test_layer_norm_costs_five():
         assert count_macs(torch.nn.LayerNorm(8), torch.empty(3, 7, 8)) == 5 * 3 * 7 * 8
 
 
-def test_trunk_on_meta_agrees_with_the_reference():
+def test_backbone_on_meta_agrees_with_the_reference():
     shape = dict(embed_dim=8, depths=[2, 1], num_heads=[1, 2], kernel_size=3, dilations=[[1, 4], [2]], mlp_ratio=2.0)
     counts = []
-    for device, impl in (("cpu", "reference"), ("meta", None)):
+    for device, backend in (("cpu", "reference"), ("meta", None)):
         with torch.device(device):
-            counts.append(count_macs(DiNAT(**shape, impl=impl).eval(), torch.zeros(1, 3, 40, 56)))
+            counts.append(count_macs(DiNAT(**shape, backend=backend).eval(), torch.zeros(1, 3, 40, 56)))
     # queries x heads: the second block pads its 10 x 14 map to 12 x 14, the third its 5 x 7 map to 6 x 7
     queries = 10 * 14 + 12 * 14 + 6 * 7 * 2
     assert counts[1] - counts[0] == queries * 9  # the bias, which the reference adds rather than multiplies

@@ -9,11 +9,12 @@ import random
 
 import pytest
 import torch
-from test_ops import draw, poison, run, to_dtype, worst  # noqa: F401  # poison is a fixture
 
 from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
 from dinat_backbones.ops import triton
+from helpers import draw, run, to_dtype, worst
 
+pytestmark = pytest.mark.usefixtures("poison")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BARS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -138,13 +139,13 @@ def test_random_shapes(index, only_classes, monkeypatch):
     chosen = classes_of(dilation, index)
     places = [(slice(None), slice(row, None, dilation), slice(column, None, dilation)) for row, column in chosen]
     mask = torch.zeros(grad_out.shape)
-    truth, sums = [], 0.0
+    references, sums = [], 0.0
     for place in places:
         mask[place] = 1
         inputs = [t[place].double() for t in tensors]
         results = run(inputs, None if rpb is None else rpb.double(), grad_out[place].double(),
-                      kernel_size=case["kernel_size"], scale=scale, impl="reference")  # fmt: skip
-        truth.append(results[:4])
+                      kernel_size=case["kernel_size"], scale=scale, backend="reference")  # fmt: skip
+        references.append(results[:4])
         sums = sums if rpb is None else sums + results[4]
 
     only_classes(batch, dilation, chosen)
@@ -153,8 +154,8 @@ def test_random_shapes(index, only_classes, monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     *moved_tensors, table, grad = moved([*tensors, rpb, grad_out * mask.to(dtype)])
     settings = dict(kernel_size=case["kernel_size"], dilation=dilation, scale=scale)
-    got = [t.cpu() for t in run(moved_tensors, table, grad, impl="triton", **settings)]
-    pairs = [(ours[place], expected[number]) for place, expected in zip(places, truth, strict=True)
+    got = [t.cpu() for t in run(moved_tensors, table, grad, backend="triton", **settings)]
+    pairs = [(ours[place], expected[number]) for place, expected in zip(places, references, strict=True)
              for number, ours in enumerate(got[:4])]  # fmt: skip
     for ours, expected in pairs + ([] if rpb is None else [(got[4], sums)]):
         error, size = (ours.double() - expected).abs().max().item(), expected.abs().max().item()
@@ -172,14 +173,14 @@ def test_shapes_are_many_and_odd():
 @functools.cache
 def small(dtype=torch.float32):
     tensors, rpb, grad_out = draw(1, 7, 9, 2, 16, 5, dtype=dtype, fused=True)
-    truth = run([t.double() for t in tensors], rpb.double(), grad_out.double(), impl="reference", kernel_size=5)
-    return moved([*tensors, rpb, grad_out]), truth
+    expected = run([t.double() for t in tensors], rpb.double(), grad_out.double(), backend="reference", kernel_size=5)
+    return moved([*tensors, rpb, grad_out]), expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_equals_apart(dtype):
     (query, key, value, rpb, grad_out), _ = small(dtype)
-    settings = dict(kernel_size=5, impl="triton")
+    settings = dict(kernel_size=5, backend="triton")
     out, *grads, grad_rpb = run([query, key, value], rpb, grad_out, **settings)
     inputs = [torch.stack([query, key, value], 3).requires_grad_(), rpb.requires_grad_()]
     packed = neighborhood_attention_2d_qkvpacked(*inputs, **settings)
@@ -196,7 +197,7 @@ def test_views_of_qkv_are_not_copied():
 
 @pytest.mark.parametrize("layout", ["heads first", "dims first", "unlike each other"])
 def test_other_strides(layout):
-    (query, key, value, rpb, grad_out), truth = small()
+    (query, key, value, rpb, grad_out), expected = small()
     tensors = [query, key, value]
     if layout == "heads first":
         tensors = [t.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4) for t in tensors]
@@ -204,28 +205,28 @@ def test_other_strides(layout):
         tensors = [t.permute(0, 4, 1, 2, 3).contiguous().permute(0, 2, 3, 4, 1) for t in tensors]
     else:
         tensors[1] = key.contiguous()
-    got = run(tensors, rpb, grad_out, kernel_size=5, impl="triton")
-    assert worst([t.cpu() for t in got], truth) < 1e-4
+    got = run(tensors, rpb, grad_out, kernel_size=5, backend="triton")
+    assert worst([t.cpu() for t in got], expected) < 1e-4
 
 
 def test_gradient_of_a_sum_and_without_rpb_gradient():
     (query, key, value, rpb, _), _ = small()
     results = []
-    for impl in ("reference", "triton"):
+    for backend in ("reference", "triton"):
         inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-        out = neighborhood_attention_2d(*inputs, rpb.detach(), kernel_size=5, impl=impl)
+        out = neighborhood_attention_2d(*inputs, rpb.detach(), kernel_size=5, backend=backend)
         results.append(torch.autograd.grad(out.sum(), inputs))  # strides of zero
     assert worst(*results) < 1e-5
 
 
 def test_deterministic_sums_repeat_and_equal_atomic_ones():
-    (query, key, value, rpb, grad_out), truth = small()
+    (query, key, value, rpb, grad_out), expected = small()
     got = []
     for deterministic in (True, True, False):
         torch.use_deterministic_algorithms(deterministic)
-        got.append(run([query, key, value], rpb, grad_out, kernel_size=5, impl="triton")[-1].cpu())
+        got.append(run([query, key, value], rpb, grad_out, kernel_size=5, backend="triton")[-1].cpu())
     assert torch.equal(got[0], got[1])
-    assert worst(got[1:], [truth[-1]] * 2) < 1e-4
+    assert worst(got[1:], [expected[-1]] * 2) < 1e-4
 
 
 def test_offsets_of_64_bit(monkeypatch):
@@ -234,7 +235,7 @@ def test_offsets_of_64_bit(monkeypatch):
     if not INTERPRETED:
         pytest.skip("takes 12 GiB of addresses, which a CPU has for nothing and a GPU has not")
     tensors, rpb, grad_out = draw(1, height, width, 1, 16, 3, dtype=torch.float32, seed=3)
-    truth = run(*to_dtype_all(tensors, rpb, grad_out), kernel_size=3, dilation=2, impl="reference")
+    expected = run(*to_dtype_all(tensors, rpb, grad_out), kernel_size=3, dilation=2, backend="reference")
     from triton.runtime import interpreter
 
     options = interpreter.InterpreterOptions(sanitize_overflow=True)
@@ -247,10 +248,10 @@ def test_offsets_of_64_bit(monkeypatch):
     qkv = memory.as_strided((1, height, width, 3, 1, 16), (height * apart, apart, 48, 16, 16, 1))
     for at, tensor in enumerate(tensors):
         qkv[:, :, :, at] = tensor
-    got = neighborhood_attention_2d_qkvpacked(qkv, rpb, kernel_size=3, dilation=2, impl="triton")
-    assert worst([got], truth[:1]) < 1e-5
+    got = neighborhood_attention_2d_qkvpacked(qkv, rpb, kernel_size=3, dilation=2, backend="triton")
+    assert worst([got], expected[:1]) < 1e-5
     monkeypatch.setattr(triton, "WIDE", 0)
-    assert worst(run(tensors, rpb, grad_out, kernel_size=3, dilation=2, impl="triton"), truth) < 1e-4
+    assert worst(run(tensors, rpb, grad_out, kernel_size=3, dilation=2, backend="triton"), expected) < 1e-4
 
 
 def to_dtype_all(tensors, rpb, grad_out):
@@ -259,17 +260,17 @@ def to_dtype_all(tensors, rpb, grad_out):
 
 def test_several_tiles_and_blocks(monkeypatch):
     """Another cut of the same problem: many blocks of columns, tiles of unequal sides."""
-    (query, key, value, rpb, grad_out), truth = small()
+    (query, key, value, rpb, grad_out), expected = small()
     cuts = (triton.Tiles(4, 8, 2, 8, 4, 1), triton.Tiles(8, 4, 4, 4, 4, 1), triton.Tiles(4, 8, 1, 16, 4, 1))
     monkeypatch.setitem(triton.TUNED, (5, 16, torch.float32), cuts)
-    got = run([query, key, value], rpb, grad_out, kernel_size=5, impl="triton")
-    assert worst([t.cpu() for t in got], truth) < 1e-4
+    got = run([query, key, value], rpb, grad_out, kernel_size=5, backend="triton")
+    assert worst([t.cpu() for t in got], expected) < 1e-4
 
 
 def test_empty_batch():
     tensors, rpb, grad_out = draw(0, 9, 9, 1, 16, 7, dtype=torch.float32)
     *tensors, rpb, grad_out = moved([*tensors, rpb, grad_out])
-    out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, impl="triton")
+    out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, backend="triton")
     assert out.shape == (0, 9, 9, 1, 16) and not grad_rpb.any()
 
 
@@ -285,7 +286,7 @@ def test_compile_fullgraph():
     (query, key, value, rpb, grad_out), _ = small()
 
     def attend(query, key, value, table):
-        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=5, impl="triton")
+        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=5, backend="triton")
 
     results = []
     for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import GOLDEN, fill_by_name, load_golden
 
 from dinat_backbones import create_classifier, list_models, zoo
+from helpers import GOLDEN, fill_by_name, load_golden
 
 timm = pytest.importorskip("timm", minversion="1.0", reason="timm 1.0 is not installed: pip install timm")
 for module in ("dinat_backbones.adapters.timm", "timm.loss", "timm.optim", "timm.scheduler", "timm.utils"):

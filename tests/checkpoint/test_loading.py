@@ -19,15 +19,15 @@ from dinat_backbones.checkpoint import backbone_state, fetch, load_backbone, loa
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 
 
-def trunk(**kwargs):
+def backbone(**kwargs):
     return DiNAT(**{**SMALL, **kwargs})
 
 
 @pytest.fixture(scope="module")
 def weights():
-    """Random tensors under a small trunk's names, so that nothing can match by being left at its initial value."""
+    """Random tensors under a small backbone's names, so that nothing can match by being left at its initial value."""
     torch.manual_seed(0)
-    return {name: torch.randn_like(value) for name, value in trunk().state_dict().items()}
+    return {name: torch.randn_like(value) for name, value in backbone().state_dict().items()}
 
 
 def save(folder, content, name="file.pth", **kwargs):
@@ -36,7 +36,7 @@ def save(folder, content, name="file.pth", **kwargs):
 
 
 def imagenet(weights):
-    """A classification file: one norm and a head after the last stage, and none of the trunk's output norms."""
+    """A classification file: one norm and a head after the last stage, and none of the backbone's output norms."""
     state = {name: value for name, value in weights.items() if not name.startswith("norm")}
     return state | {"norm.weight": torch.ones(256), "norm.bias": torch.ones(256), "head.weight": torch.ones(9, 256)}
 
@@ -64,14 +64,14 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_bits(tmp_path, weights, layout, legacy):
     path = save(tmp_path, LAYOUTS[layout](weights), _use_new_zipfile_serialization=not legacy)
-    model = trunk()
+    model = backbone()
     report = load_backbone(model, path)
     assert report.complete and not report.missing and set(report.loaded) == set(weights)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_imagenet_file_leaves_only_the_output_norms(tmp_path, weights, caplog):
-    model = trunk()
+    model = backbone()
     with caplog.at_level(logging.WARNING):
         report = load_backbone(model, save(tmp_path, {"model": imagenet(weights)}))
     norms = {f"norm{i}.{name}" for i in range(4) for name in ("weight", "bias")}
@@ -91,17 +91,17 @@ def test_safetensors(tmp_path, weights):
         read(path)
 
 
-def test_prefix_selects_one_of_several_trunks(weights):
-    both = {"state_dict": with_prefix(weights, "student.trunk.") | {"teacher.trunk.a": torch.ones(1)}}
-    assert backbone_state(both, "student.trunk").keys() == weights.keys()
-    assert backbone_state(both, "teacher.trunk.").keys() == {"a"}
+def test_prefix_selects_one_of_several_backbones(weights):
+    both = {"state_dict": with_prefix(weights, "student.backbone.") | {"teacher.backbone.a": torch.ones(1)}}
+    assert backbone_state(both, "student.backbone").keys() == weights.keys()
+    assert backbone_state(both, "teacher.backbone.").keys() == {"a"}
     assert backbone_state(both, "stud") == {}
 
 
 def test_partial_fit_is_reported(tmp_path, weights, caplog):
     state = {name: value for name, value in weights.items() if not name.startswith("levels.3.")}
     state["extra"] = torch.ones(1)
-    model = trunk()
+    model = backbone()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         report = load_backbone(model, save(tmp_path, state))
@@ -152,7 +152,7 @@ def test_what_is_no_bias_table_is_refused(shape, kernel_size):
 
 
 def test_another_kernel_size_is_loaded_resized_and_said(tmp_path, weights, caplog):
-    model = trunk(kernel_size=5)
+    model = backbone(kernel_size=5)
     with caplog.at_level(logging.INFO):
         report = load_backbone(model, save(tmp_path, {"model": imagenet(weights)}))
     tables = {name for name in weights if name.endswith("rpb")}
@@ -168,7 +168,7 @@ def test_another_kernel_size_is_loaded_resized_and_said(tmp_path, weights, caplo
 
 def test_a_whole_model_is_loaded_entirely_or_not_at_all(tmp_path, weights):
     for content in ({"state_dict": weights}, {"model": with_prefix(weights, "module.")}):
-        model = trunk()
+        model = backbone()
         load_model(model, save(tmp_path, content))
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     wrong = dict(weights, extra=torch.ones(1))
@@ -176,7 +176,7 @@ def test_a_whole_model_is_loaded_entirely_or_not_at_all(tmp_path, weights):
     del wrong["norm3.bias"]
     path = save(tmp_path, wrong)
     words = ["1 tensors are not in the file: norm3.bias", "1 tensors are not in the model: extra", "is [7] in the file"]
-    refused(trunk(), path, *words, load=load_model)
+    refused(backbone(), path, *words, load=load_model)
 
 
 # ---------------------------------------------------------------------------------------------- not our architecture
@@ -201,11 +201,11 @@ def refused(model, path, *words, load=load_backbone):
     ],
 )
 def test_other_architecture_is_refused(tmp_path, other, words):
-    refused(trunk(), save(tmp_path, imagenet(trunk(**other).state_dict())), *words)
+    refused(backbone(), save(tmp_path, imagenet(backbone(**other).state_dict())), *words)
 
 
 def test_layer_scale_of_the_model_only_is_refused(tmp_path, weights):
-    refused(trunk(layer_scale=1e-5), save(tmp_path, weights), "model has layer scale")
+    refused(backbone(layer_scale=1e-5), save(tmp_path, weights), "model has layer scale")
 
 
 def test_published_architecture_is_named(tmp_path):
@@ -222,7 +222,7 @@ def test_published_architecture_is_named(tmp_path):
     ],
 )
 def test_nothing_fits(tmp_path, content, words):
-    refused(trunk(), save(tmp_path, content), "nothing in", "patch_embed.proj.0.weight", *words)
+    refused(backbone(), save(tmp_path, content), "nothing in", "patch_embed.proj.0.weight", *words)
 
 
 def test_families_do_not_mix(tmp_path, weights):
@@ -287,7 +287,7 @@ def test_truncated_file(tmp_path, weights, keep, legacy):
     _cut(path, keep)
     refused_read(path, "truncated")
     with pytest.raises(ValueError, match="truncated"):
-        load_backbone(trunk(), path)
+        load_backbone(backbone(), path)
 
 
 def refused_read(path, *words):

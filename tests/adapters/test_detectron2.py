@@ -4,13 +4,13 @@ import logging
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import dinat_backbones
 from dinat_backbones import zoo
+from helpers import ROOT
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
 from detectron2.config import LazyCall, get_cfg, instantiate
@@ -21,7 +21,6 @@ from detectron2.utils.events import EventStorage
 
 from dinat_backbones.adapters import detectron2 as adapter
 
-ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ["NAT", "DiNAT", "DiNAT_s"]
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, drop_path_rate=0.0)
 MLP_RATIO = 2.0  # MODEL.DINAT's default
@@ -46,26 +45,26 @@ def randomize(module, seed=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_features_as_the_plain_trunk(family):
+def test_same_features_as_the_plain_backbone(family):
     dilations = None if family == "NAT" else [[2], [2], [1, 3], [1]]
-    trunk = randomize(getattr(dinat_backbones, family)(**SMALL, mlp_ratio=MLP_RATIO, dilations=dilations))
+    backbone = randomize(getattr(dinat_backbones, family)(**SMALL, mlp_ratio=MLP_RATIO, dilations=dilations))
     model = build_backbone(config(f"D2{family}", dilations=dilations)).eval()
-    assert isinstance(model, (Backbone, type(trunk)))
-    model.load_state_dict(trunk.state_dict())  # strict: the published names, without a prefix
+    assert isinstance(model, (Backbone, type(backbone)))
+    model.load_state_dict(backbone.state_dict())  # strict: the published names, without a prefix
     image = torch.randn(2, 3, 70, 93)
     with torch.no_grad():
-        features, expected = model(image), trunk(image)
+        features, expected = model(image), backbone(image)
     assert list(features) == ["res2", "res3", "res4", "res5"]
     shapes = model.output_shape()
-    for (name, found), truth in zip(features.items(), expected, strict=True):
-        assert (found - truth).abs().max() <= 1e-6
+    for (name, found), wanted in zip(features.items(), expected, strict=True):
+        assert (found - wanted).abs().max() <= 1e-6
         stride = shapes[name].stride
         assert found.shape == (2, shapes[name].channels, -(-70 // stride), -(-93 // stride))
     assert model.size_divisibility == 32
 
 
 def test_defaults_are_the_published_ones():
-    """shown by a config that sets what the published Mask2Former configs set: the trunk of the table comes out"""
+    """shown by a config that sets what the published Mask2Former configs set: the backbone of the table comes out"""
     cfg = get_cfg()
     adapter.add_dinat_config(cfg)
     dilations = [list(stage) for stage in zoo.dilations("dinat_large", "mask2former")]
@@ -73,9 +72,11 @@ def test_defaults_are_the_published_ones():
     cfg.merge_from_list(["MODEL.DINAT.DILATIONS", dilations])
     with torch.device("meta"):
         model = build_backbone(cfg)
-        trunk = dinat_backbones.DiNAT(arch="dinat_large", kernel_size=11, dilations="mask2former", drop_path_rate=0.3)
-    assert repr(model).partition("\n")[2] == repr(trunk).partition("\n")[2]
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in trunk.state_dict().items()}
+        backbone = dinat_backbones.DiNAT(
+            arch="dinat_large", kernel_size=11, dilations="mask2former", drop_path_rate=0.3
+        )
+    assert repr(model).partition("\n")[2] == repr(backbone).partition("\n")[2]
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in backbone.state_dict().items()}
 
 
 def test_lazy_config_and_further_arguments():
@@ -170,23 +171,23 @@ def test_own_checkpoints_come_back_with_what_was_saved_beside_them(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone."])
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_weights_of_a_trunk_alone(tmp_path, wrapper, prefix, caplog):
-    trunk = randomize(dinat_backbones.DiNAT(**SMALL, mlp_ratio=MLP_RATIO), seed=2)
-    state = {prefix + name: value for name, value in trunk.state_dict().items()}
-    torch.save({wrapper: state} if wrapper else state, tmp_path / "trunk.pth")
+def test_weights_of_a_backbone_alone(tmp_path, wrapper, prefix, caplog):
+    backbone = randomize(dinat_backbones.DiNAT(**SMALL, mlp_ratio=MLP_RATIO), seed=2)
+    state = {prefix + name: value for name, value in backbone.state_dict().items()}
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "backbone.pth")
     model = BACKBONE_REGISTRY.get("build_dinat_fpn_backbone")(rcnn_config(), RGB)
     with caplog.at_level(logging.INFO):
-        load(model, tmp_path / "trunk.pth")
-    assert all(torch.equal(value, trunk.state_dict()[name]) for name, value in model.bottom_up.state_dict().items())
+        load(model, tmp_path / "backbone.pth")
+    assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in model.bottom_up.state_dict().items())
     assert "loaded" in caplog.text
 
 
 def test_weights_of_a_smaller_kernel_are_resized(tmp_path):
-    trunk = randomize(dinat_backbones.DiNAT(**SMALL | dict(kernel_size=7), mlp_ratio=MLP_RATIO), seed=2)
-    torch.save(trunk.state_dict(), tmp_path / "trunk.pth")
+    backbone = randomize(dinat_backbones.DiNAT(**SMALL | dict(kernel_size=7), mlp_ratio=MLP_RATIO), seed=2)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     model = Detector(kernel_size=11)
-    load(model, tmp_path / "trunk.pth")
-    table, source = (m.levels[2].blocks[1].attn.rpb for m in (model.backbone, trunk))
+    load(model, tmp_path / "backbone.pth")
+    table, source = (m.levels[2].blocks[1].attn.rpb for m in (model.backbone, backbone))
     resized = torch.nn.functional.interpolate(source[None], size=(21, 21), mode="bicubic", align_corners=False)[0]
     assert torch.equal(table, resized) and table.shape[-1] == 21
 

@@ -4,15 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dinat_backbones.zoo import ade20k
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed: pip install pycocotools")
@@ -71,13 +70,13 @@ def test_coco_label_maps(coco, run):
     order = [category["id"] for category in annotations["categories"]]
     seen = set()
     for entry in annotations["annotations"]:
-        picture = np.array(Image.open(coco / "panoptic_val2017" / entry["file_name"])).astype(int)
+        segment_map = np.array(Image.open(coco / "panoptic_val2017" / entry["file_name"])).astype(int)
         made = Image.open(coco / "panoptic_semseg_val2017" / entry["file_name"])
         assert made.mode == "L"
         made = np.array(made)
-        for y in range(picture.shape[0]):
-            for x in range(picture.shape[1]):
-                number = picture[y, x, 0] + 256 * picture[y, x, 1] + 256**2 * picture[y, x, 2]
+        for y in range(segment_map.shape[0]):
+            for x in range(segment_map.shape[1]):
+                number = segment_map[y, x, 0] + 256 * segment_map[y, x, 1] + 256**2 * segment_map[y, x, 2]
                 found = [segment for segment in entry["segments_info"] if segment["id"] == number]
                 assert made[y, x] == (order.index(found[0]["category_id"]) if found else 255)
         seen |= {*np.unique(made).tolist()}
@@ -97,13 +96,13 @@ def test_what_is_there_is_left_alone_and_the_rest_is_made(coco, run):
     assert {path for path in after if after[path] != before[path]} == {victim}
 
 
-def test_coco_pictures_may_be_beside_their_annotations(coco, run):
+def test_coco_images_may_be_beside_their_annotations(coco, run):
     (coco / "panoptic_val2017").rename(coco / "annotations" / "panoptic_val2017")
     run(coco.parent, "coco")
     assert len(list((coco / "panoptic_semseg_val2017").iterdir())) == 3
 
 
-def test_foreign_pictures_are_refused_and_nothing_half_is_left(coco, run):
+def test_foreign_images_are_refused_and_nothing_half_is_left(coco, run):
     second = coco / "panoptic_val2017" / "000001.png"
     Image.new("RGB", (48, 48), (1, 2, 3)).save(second)
     message = run(coco.parent, "coco", code=1)
@@ -125,7 +124,7 @@ SIZE = (24, 30)
 
 @pytest.fixture
 def ade(tmp_path):
-    """Two pictures: stuff 4 (floor, label 3) and 1 (wall, 0), things of two classes, one of them over unlabelled."""
+    """Two images: stuff 4 (floor, label 3) and 1 (wall, 0), things of two classes, one of them over unlabelled."""
     base = tmp_path / "ADEChallengeData2016"
     for folder in ("images", "annotations", "annotations_instance"):
         (base / folder / "validation").mkdir(parents=True)
@@ -171,8 +170,8 @@ def test_ade20k(ade, run):
         flags[0, 8:14, 12:18], flags[1, 21:23, 3:5] = True, True
         expected = [(0, labels == 1), (3, labels == 4), (7, bed), (149, flags[0]), (149, flags[1])]
         # pixels: instances over stuff, unlabelled elsewhere, also where the label map alone has a thing
-        picture = np.array(Image.open(ade / "ade20k_panoptic_val" / f"{name}.png")).astype(int)
-        numbers = picture @ np.array([1, 256, 65536])
+        segment_map = np.array(Image.open(ade / "ade20k_panoptic_val" / f"{name}.png")).astype(int)
+        numbers = segment_map @ np.array([1, 256, 65536])
         assert len(entry["segments_info"]) == len(expected)
         classes = np.full(SIZE, 255)
         for label, mask in expected:

@@ -1,4 +1,4 @@
-"""The competitors: natten, FlexAttention with the same mask and bias, Swin and ConvNeXt."""
+"""The baselines: natten, FlexAttention with the same mask and bias, Swin and ConvNeXt."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -30,7 +30,7 @@ def natten_op(kernel_size: int, dilation: int) -> Callable:
     return call
 
 
-def natten_attention(qkv, rpb, *, kernel_size, dilation, scale, impl) -> torch.Tensor:
+def natten_attention(qkv, rpb, *, kernel_size, dilation, scale, backend) -> torch.Tensor:
     """Stands in for `neighborhood_attention_2d_qkvpacked`, with the steps and layouts of the original module."""
     query, key, value = (t.permute(0, 3, 1, 2, 4) for t in qkv.unbind(3))
     return natten_op(kernel_size, dilation)(query * scale, key, value, rpb).permute(0, 2, 3, 1, 4)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dinat_backbones import zoo
 from dinat_backbones.checkpoint import load_model
+from helpers import ROOT
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
 pytest.importorskip("mask2former.config", reason="maskformer2 is not installed: the classic stack has it")
@@ -27,7 +28,6 @@ from detectron2.structures import Boxes, Instances
 
 from dinat_backbones.adapters.mask2former import get_config, mask2former
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "mask2former" / "configs"
 DEMO = CONFIGS / "demo" / "panoptic_dinat_shapes.yaml"
 TRAIN = ROOT / "mask2former" / "train_net.py"
@@ -274,10 +274,10 @@ def test_batches_are_those_of_detectron2_from_any_step_on(train_net):
     generator = np.random.default_rng(0)
     sizes = [tuple(generator.integers(1, 100, 2).tolist()) for _ in range(23)]
     samples = ({"width": sizes[i][0], "height": sizes[i][1], "index": i} for i in TrainingSampler(23, seed=5))
-    truth = [[entry["index"] for entry in b] for b in itertools.islice(AspectRatioGroupedDataset(samples, 4), 30)]
+    expected = [[entry["index"] for entry in b] for b in itertools.islice(AspectRatioGroupedDataset(samples, 4), 30)]
     batches = resumable.Batches(TrainingSampler(23, seed=5), 4, lambda index: sizes[index])
     found = list(itertools.islice(batches, 30))
-    assert [[index for _, index in batch] for batch in found] == truth
+    assert [[index for _, index in batch] for batch in found] == expected
     assert len({position for batch in found for position, _ in batch}) == 120
     batches.start = 11
     assert list(itertools.islice(batches, 19)) == found[11:]
@@ -366,7 +366,7 @@ def test_shapes_are_registered(train_net, root):
 
 
 class Oracle(torch.nn.Module):
-    """Answers with the ground truth."""
+    """Answers with the annotations."""
 
     def __init__(self, name):
         super().__init__()
@@ -391,7 +391,7 @@ class Oracle(torch.nn.Module):
         )
 
 
-def test_ground_truth_as_prediction(train_net, root, tmp_path):
+def test_annotations_as_prediction(train_net, root, tmp_path):
     cfg = get_config(str(DEMO), [*TINY, "OUTPUT_DIR", str(tmp_path)])
     results = train_net.Trainer.test(cfg, Oracle("shapes_panoptic_val"))
     assert results["panoptic_seg"]["PQ"] == 100 and results["sem_seg"]["mIoU"] == 100
@@ -445,7 +445,7 @@ def test_evaluation_with_augmentation(train_net, root, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
-def test_pictures_of_predictions(root, tmp_path, task):
+def test_images_of_predictions(root, tmp_path, task):
     thresholds = ["OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD"]
     cfg, model = tiny(*[word for name in thresholds for word in (f"MODEL.MASK_FORMER.TEST.{name}", 0.0)])
     model.sem_seg_head.predictor.class_embed.bias.data = torch.tensor([9.0, 0, 0, 0, 0])  # all queries are circles
@@ -458,7 +458,7 @@ def test_pictures_of_predictions(root, tmp_path, task):
     for name in ("000000.jpg", "000001.jpg"):
         drawn, source = (np.asarray(Image.open(folder / name)) for folder in (tmp_path / "out", root / "shapes/val"))
         assert drawn.shape == source.shape and (drawn != source).any()
-    assert "2 of 2 pictures are there already" in run(*command)
+    assert "2 of 2 images are there already" in run(*command)
 
 
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path):

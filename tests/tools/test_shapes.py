@@ -3,15 +3,15 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import ROOT
+
 coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is missing; it comes with mmdet")
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
 
 
@@ -176,10 +176,10 @@ def test_label_maps_hold_what_was_drawn(every_layout, split, part):
         assert ade.mode == cityscapes.mode == "L"
         assert np.array_equal(np.asarray(cityscapes), _labels(split, index))
         assert np.array_equal(np.asarray(ade), _labels(split, index) + 1)
-        picture = Image.open(
+        image = Image.open(
             every_layout / city.replace("gtFine/", "leftImg8bit/").replace("gtFine_labelTrainIds", "leftImg8bit")
         )
-        assert np.array_equal(np.asarray(picture), shapes.scene(split, index, ALL["size"], ALL["seed"]).image)
+        assert np.array_equal(np.asarray(image), shapes.scene(split, index, ALL["size"], ALL["seed"]).image)
 
 
 @pytest.mark.parametrize("split", COUNTS)
@@ -238,16 +238,16 @@ def test_coco_metric_of_what_was_drawn_is_1(every_layout):
             )
         )
 
-    truth = str(every_layout / "annotations" / "instances_val.json")
+    expected = str(every_layout / "annotations" / "instances_val.json")
     dataset = dict(
         type="CocoDataset",
         data_root=str(every_layout),
-        ann_file=truth,
+        ann_file=expected,
         data_prefix=dict(img="val"),
         metainfo=dict(classes=shapes.CLASSES),
         pipeline=[dict(type="LoadImageFromFile"), dict(type="PackDetInputs")],
     )
-    found = evaluate("mmdet", dataset, dict(type="CocoMetric", ann_file=truth, metric=["bbox", "segm"]), instances)
+    found = evaluate("mmdet", dataset, dict(type="CocoMetric", ann_file=expected, metric=["bbox", "segm"]), instances)
     assert found["coco/bbox_mAP"] == found["coco/segm_mAP"] == 1.0
 
 
@@ -261,17 +261,17 @@ def test_panoptic_quality_of_what_was_drawn_is_100(every_layout):
             found[mask] += 1000 * number  # mmdet's INSTANCE_OFFSET
         return dict(pred_panoptic_seg=dict(sem_seg=torch.from_numpy(found)[None]))
 
-    truth, folder = every_layout / "annotations" / "panoptic_val.json", every_layout / "annotations" / "panoptic_val"
+    expected, folder = every_layout / "annotations" / "panoptic_val.json", every_layout / "annotations" / "panoptic_val"
     classes = (*shapes.CLASSES, shapes.BACKGROUND)
     dataset = dict(
         type="CocoPanopticDataset",
         data_root=str(every_layout),
-        ann_file=str(truth),
+        ann_file=str(expected),
         data_prefix=dict(img="val", seg=str(folder)),
         metainfo=dict(classes=classes, thing_classes=shapes.CLASSES, stuff_classes=(shapes.BACKGROUND,)),
         pipeline=[dict(type="LoadImageFromFile"), dict(type="PackDetInputs")],
     )
-    metric = dict(type="CocoPanopticMetric", ann_file=str(truth), seg_prefix=str(folder), nproc=1)
+    metric = dict(type="CocoPanopticMetric", ann_file=str(expected), seg_prefix=str(folder), nproc=1)
     found = evaluate("mmdet", dataset, metric, panoptic)
     assert [found[f"coco_panoptic/{name}"] for name in ("PQ", "SQ", "RQ", "PQ_th", "PQ_st")] == [100.0] * 5
 
@@ -280,14 +280,14 @@ def test_panoptic_quality_of_what_was_drawn_is_100(every_layout):
 def test_mean_iou_of_what_was_drawn_is_100(every_layout, layout):
     import torch
 
-    kind, pictures, maps = {
+    kind, images, maps = {
         "ade20k": ("ADE20KDataset", "images/validation", "annotations/validation"),
         "cityscapes": ("CityscapesDataset", "leftImg8bit/val", "gtFine/val"),
     }[layout]
     dataset = dict(
         type=kind,
         data_root=str(every_layout),
-        data_prefix=dict(img_path=pictures, seg_map_path=maps),
+        data_prefix=dict(img_path=images, seg_map_path=maps),
         pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
     )
     for wrong, expected in ((0, 100.0), (1, None)):

@@ -11,9 +11,10 @@ import torch
 
 from dinat_backbones import neighborhood_attention_2d
 from dinat_backbones.ops import triton
+from helpers import ROOT
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tools"))  # which is no package
+sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 tool = importlib.import_module("triton_kernels")
 
 needs_triton = pytest.mark.skipif(bool(triton._missing), reason=triton._missing)
@@ -142,8 +143,8 @@ def test_missing_triton_is_explained(monkeypatch):
     assert "Triton is not installed: pip install triton" in missing
     monkeypatch.setattr(triton, "_missing", missing)
     query = torch.zeros(1, 9, 9, 1, 32)
-    with pytest.raises(RuntimeError, match="impl='triton' cannot run this call: Triton is not installed"):
-        neighborhood_attention_2d(query, query, query, kernel_size=7, impl="triton")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: Triton is not installed"):
+        neighborhood_attention_2d(query, query, query, kernel_size=7, backend="triton")
 
 
 def test_old_triton_is_explained(monkeypatch):
@@ -154,7 +155,7 @@ def test_old_triton_is_explained(monkeypatch):
 
 @needs_triton
 def test_tuner_runs_to_its_end_in_the_interpreter():
-    command = [sys.executable, HERE.parent / "tools/triton_kernels.py", "tune", "--quick", "--kernel-size", "3"]
+    command = [sys.executable, ROOT / "tools/triton_kernels.py", "tune", "--quick", "--kernel-size", "3"]
     command += ["--head-dim", "16", "--dtype", "float32"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

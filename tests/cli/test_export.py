@@ -1,17 +1,15 @@
 """tools/export.py and ops/exportable.py: exported models equal the eager ones, at sizes the export never saw."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_by_name
-from test_ops import draw, run, sample
 
 import dinat_backbones
 from dinat_backbones.ops import exportable
+from helpers import ROOT, draw, fill_by_name, run, sample
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 import export  # noqa: E402
 
 SMALL = dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[5], [2]], mlp_ratio=2.0)
@@ -31,8 +29,8 @@ def test_op_against_reference():
         case = sample(index)
         call = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], fused=case["fused"], seed=index)
         settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
-        truth = run(*call, impl="reference", **settings)
-        for a, b in zip(run(*call, impl="exportable", **settings), truth, strict=True):
+        expected = run(*call, backend="reference", **settings)
+        for a, b in zip(run(*call, backend="exportable", **settings), expected, strict=True):
             assert (a - b).abs().max() < 1e-11, case
 
 
@@ -88,7 +86,7 @@ def test_average_pool(bins):
     [
         (["dinat_huge"], "dinat_huge is neither a config nor one of: nat_mini"),
         (["dinat_mini", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
-        (["upernet_dinat_mini", "--dilations", "coco"], "--dilations coco goes with the name of a trunk"),
+        (["upernet_dinat_mini", "--dilations", "coco"], "--dilations coco goes with the name of a backbone"),
         (["dinat_mini", "--size", "40"], "expected HEIGHTxWIDTH such as 800x1280, not '40'"),
         (["dinat_mini", "--opset", "13"], "--opset 13: expected 17 at least"),
         (["dinat_mini", "--out", "model.txt"], "expected a name that ends in .onnx"),

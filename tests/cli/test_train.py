@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import ROOT
+
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 shapes = importlib.import_module("make_shapes")
 
@@ -37,7 +38,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory, dataset):
-    """Config and checkpoint of the demo's detector with random weights, on two small pictures."""
+    """Config and checkpoint of the demo's detector with random weights, on two small images."""
     folder = tmp_path_factory.mktemp("detector")
     config = folder / "config.py"
     config.write_text(

@@ -11,21 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import ROOT
+
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 import mmseg
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-ROOT = Path(__file__).resolve().parents[1]
 MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_"  # "mmseg::" needs the package's original name
 sys.path.insert(0, str(ROOT / "tools"))  # which is no package
 predict = importlib.import_module("predict")
 shapes = importlib.import_module("make_shapes")
 
-TRUNK = """
+BACKBONE = """
 custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
-trunk = dict(_delete_=True, type="DiNAT", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3,
+backbone = dict(_delete_=True, type="DiNAT", embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], kernel_size=3,
              mlp_ratio=2.0)
 classes = ("circle", "triangle", "ring", "background")
 palette = [(0, 250, 0), (0, 0, 250), (250, 250, 0), (250, 0, 250)]
@@ -38,11 +39,11 @@ model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 """,
     "semantic": f"""
 _base_ = ["{MMSEG}/models/upernet_r50.py", "{MMSEG}/datasets/ade20k.py", "{MMSEG}/default_runtime.py"]
-{TRUNK}
+{BACKBONE}
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(64, 64)),
-    backbone=trunk,
+    backbone=backbone,
     decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, num_classes=4, norm_cfg=dict(type="BN")),
     auxiliary_head=dict(in_channels=64, channels=16, num_classes=4, norm_cfg=dict(type="BN")),
 )
@@ -50,11 +51,11 @@ test_dataloader["dataset"].update(type="BaseSegDataset", img_suffix=".jpg", seg_
 """,
     "panoptic": f"""
 _base_ = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"
-{TRUNK}
+{BACKBONE}
 test_dataloader["dataset"]["metainfo"].update(thing_classes=classes[:-1], stuff_classes=classes[-1:])
 layers = dict(self_attn_cfg=dict(embed_dims=32, num_heads=2), ffn_cfg=dict(embed_dims=32, feedforward_channels=32))
 model = dict(
-    backbone=trunk,
+    backbone=backbone,
     panoptic_head=dict(
         in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_things_classes=3, num_stuff_classes=1,
         num_queries=20, loss_cls=dict(class_weight=[1.0] * 4 + [0.1]),
@@ -74,13 +75,13 @@ model = dict(
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     (folder / "below").mkdir()
     for index, name in enumerate(("a.jpg", "below/b.png")):
         Image.fromarray(shapes.scene("val", index, 96, 0).image).save(folder / name)
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:100])
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -102,33 +103,33 @@ def pixels(path):
 
 
 @pytest.mark.parametrize("kind", MODELS_OF)
-def test_what_is_found_is_drawn_and_named(tmp_path, pictures, kind):
+def test_what_is_found_is_drawn_and_named(tmp_path, images, kind):
     run = predict.load_predictor(*saved_model(tmp_path, kind), device="cpu", score=0.0)
-    words = run(pictures / "a.jpg", tmp_path / "out" / "a.jpg")
+    words = run(images / "a.jpg", tmp_path / "out" / "a.jpg")
     names = set(re.findall("[a-z]+", words))
     assert names and names <= {*shapes.CLASSES, shapes.BACKGROUND}, words
-    before, after = pixels(pictures / "a.jpg"), pixels(tmp_path / "out" / "a.jpg")
+    before, after = pixels(images / "a.jpg"), pixels(tmp_path / "out" / "a.jpg")
     assert after.shape == before.shape
     assert np.abs(after - before).mean() > 3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jpg"]
 
 
-def test_classes_and_colours_are_those_of_the_config(tmp_path, pictures):
+def test_classes_and_colours_are_those_of_the_config(tmp_path, images):
     def all_triangles(model):
         torch.nn.init.zeros_(model.decode_head.conv_seg.weight)
         model.decode_head.conv_seg.bias.data = torch.tensor([0.0, 9, 0, 0])
 
     run = predict.load_predictor(*saved_model(tmp_path, "semantic", all_triangles), device="cpu")
-    assert run(pictures / "below/b.png", tmp_path / "out.png") == "triangle"
-    change = pixels(tmp_path / "out.png") - pixels(pictures / "below/b.png")
+    assert run(images / "below/b.png", tmp_path / "out.png") == "triangle"
+    change = pixels(tmp_path / "out.png") - pixels(images / "below/b.png")
     assert change[..., 2].mean() > 30 > 0 > change[..., 0].mean()  # towards blue
 
 
-def test_a_folder_is_finished_in_several_runs(tmp_path, pictures):
+def test_a_folder_is_finished_in_several_runs(tmp_path, images):
     config, checkpoint = saved_model(tmp_path, "instances")
     out = tmp_path / "out"
 
-    def command(*more, source=pictures, code=0):
+    def command(*more, source=images, code=0):
         words = [source, "--config", config, "--checkpoint", checkpoint, "--out", out, *more]
         run = subprocess.run([sys.executable, ROOT / "tools/predict.py", *words], capture_output=True, text=True)
         assert run.returncode == code, run.stdout + run.stderr
@@ -136,14 +137,14 @@ def test_a_folder_is_finished_in_several_runs(tmp_path, pictures):
 
     first = command(code=1)
     assert "[2/3] below/b.png: " in first.stdout and "[3/3] broken.jpg: NOT READ" in first.stdout
-    assert first.stderr.strip().splitlines()[-1] == "1 of 3 pictures could not be read"
+    assert first.stderr.strip().splitlines()[-1] == "1 of 3 images could not be read"
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
     assert {path.relative_to(out).as_posix() for path in done} == {"a.jpg", "below/b.png"}
     (out / "a.jpg").unlink()
     second = command(code=1)
-    assert "1 of 3 pictures are there already" in second.stdout and "a.jpg: " in second.stdout
+    assert "1 of 3 images are there already" in second.stdout and "a.jpg: " in second.stdout
     assert (out / "below/b.png").stat().st_mtime_ns == done[out / "below/b.png"]
-    third = command("--force", source=pictures / "below" / "b.png")
+    third = command("--force", source=images / "below" / "b.png")
     assert "[1/1] b.png: " in third.stdout
 
 
@@ -151,18 +152,18 @@ def test_a_folder_is_finished_in_several_runs(tmp_path, pictures):
     "change, message",
     [
         (dict(source="nowhere"), "nowhere: not there"),
-        (dict(source="empty"), "empty: no pictures there"),
+        (dict(source="empty"), "empty: no images there"),
         (dict(config="nowhere.py"), "config nowhere.py is not there"),
         (dict(checkpoint="nowhere.pth"), "checkpoint nowhere.pth is not there"),
         (dict(checkpoint="part.pth"), "tensors are not in the file: backbone."),
-        (dict(out="source"), "is where the pictures are"),
+        (dict(out="source"), "is where the images are"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, pictures, monkeypatch, capsys, change, message):
+def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, images, monkeypatch, capsys, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "source").mkdir()
-    Image.open(pictures / "a.jpg").save(tmp_path / "source" / "a.png")
+    Image.open(images / "a.jpg").save(tmp_path / "source" / "a.png")
     (tmp_path / "config.py").write_text(MODELS_OF["instances"])
     torch.save({"state_dict": {"a": torch.ones(1)}}, "part.pth")
     given = dict(source="source", config="config.py", checkpoint="part.pth", out="out") | change

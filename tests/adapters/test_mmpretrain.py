@@ -1,16 +1,16 @@
-"""The fine-tuning config, run by mmpretrain on drawn pictures."""
+"""The fine-tuning config, run by mmpretrain on drawn images."""
 
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_by_name
 from PIL import Image
+
+from helpers import ROOT, fill_by_name
 
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed (it is in the classic stack)")
 from mmengine.config import Config
@@ -18,7 +18,6 @@ from mmengine.config import Config
 from dinat_backbones import NAT, zoo
 from dinat_backbones.classifier import NATClassifier
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "mmpretrain" / "dinat-mini_finetune-30e.py"
 SMALL = dict(embed_dim=16, depths=[1, 1], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.0)
 
@@ -37,7 +36,7 @@ def test_config_is_the_published_model():
 
 
 def test_fine_tuning_learns(tmp_path):
-    """Red against blue from folders, with a small trunk whose weights come from a classifier's file."""
+    """Red against blue from folders, with a small backbone whose weights come from a classifier's file."""
     random = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 4)):
         for label, colour in (("blue", (30, 60, 220)), ("red", (220, 40, 40))):
@@ -72,5 +71,5 @@ def test_fine_tuning_learns(tmp_path):
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     assert float(re.findall(r"accuracy/top1: ([\d.]+)", text)[-1]) == 100
     trained = torch.load(tmp_path / "work" / "epoch_4.pth", weights_only=False)["state_dict"]
-    trunk = {key.removeprefix("backbone.") for key in trained if key.startswith("backbone.")}
-    assert trunk == NAT(**SMALL, out_indices=[1]).state_dict().keys()
+    backbone = {key.removeprefix("backbone.") for key in trained if key.startswith("backbone.")}
+    assert backbone == NAT(**SMALL, out_indices=[1]).state_dict().keys()

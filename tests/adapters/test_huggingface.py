@@ -6,12 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_by_name, load_golden
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,13 +17,13 @@ import dinat_backbones
 from dinat_backbones import NAT, DiNAT
 from dinat_backbones.checkpoint import convert, load_backbone, read
 from dinat_backbones.checkpoint.huggingface import from_huggingface, split_prefix, to_huggingface
+from helpers import ROOT, fill_by_name, load_golden
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="transformers 5 is not installed: pip install 'dinat_backbones[huggingface]'"
 )
 import dinat_backbones.adapters.huggingface as hf  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCH = dict(embed_dim=16, depths=[1, 2, 1], num_heads=[2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 DILATIONS = [[3], [1, 2], [1]]  # on the maps of a 64x64 image the widest that fit
 MODELS = ("Model", "ForImageClassification", "Backbone")
@@ -55,10 +53,10 @@ def equal(state, expected) -> bool:
 
 
 def original_classifier(arch: str, **kwargs) -> nn.Module:
-    """A trunk with the published names of an ImageNet file, filled as for the golden runs."""
-    trunk = (NAT if arch.startswith("nat") else DiNAT)(arch=arch, out_indices=(), **kwargs)
-    trunk.norm, trunk.head = nn.LayerNorm(8 * trunk.patch_embed.norm.weight.numel()), nn.Linear(512, 1000)
-    return fill_by_name(trunk)
+    """A backbone with the published names of an ImageNet file, filled as for the golden runs."""
+    backbone = (NAT if arch.startswith("nat") else DiNAT)(arch=arch, out_indices=(), **kwargs)
+    backbone.norm, backbone.head = nn.LayerNorm(8 * backbone.patch_embed.norm.weight.numel()), nn.Linear(512, 1000)
+    return fill_by_name(backbone)
 
 
 # ------------------------------------------------------------------------------------------- the published checkpoints
@@ -97,8 +95,8 @@ def test_documented_snippets(folders, arch, family, monkeypatch):
     configuration = getattr(hf, f"{family}Config")()
     assert getattr(hf, f"{family}Model")(configuration).config is configuration
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
-    inputs = AutoImageProcessor.from_pretrained(folders[arch])(picture, return_tensors="pt")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
+    inputs = AutoImageProcessor.from_pretrained(folders[arch])(image, return_tensors="pt")
     for model_class in (getattr(hf, f"{family}Model"), AutoModel):
         model = model_class.from_pretrained(folders[arch])
         with torch.no_grad():
@@ -125,10 +123,10 @@ def test_golden_logits_and_the_pipeline(folders):
         logits = model(image(*meta["shape"], seed=meta["seed"])).logits
     assert abs(logits.numpy() - arrays["logits"]).max() <= 1e-4
     original = original_classifier("dinat_mini", dilations="imagenet-224").state_dict()
-    trunk = DiNAT(arch="dinat_mini", dilations="imagenet-224", out_indices=(3,)).eval()
-    trunk.load_state_dict({re.sub("^norm", "norm3", key): original[key] for key in original if "head" not in key})
+    backbone = DiNAT(arch="dinat_mini", dilations="imagenet-224", out_indices=(3,)).eval()
+    backbone.load_state_dict({re.sub("^norm", "norm3", key): original[key] for key in original if "head" not in key})
     with torch.no_grad():
-        (feature,) = trunk(image(*meta["shape"], seed=meta["seed"]))
+        (feature,) = backbone(image(*meta["shape"], seed=meta["seed"]))
         theirs = F.linear(feature.mean((2, 3)), original["head.weight"], original["head.bias"])
     assert abs(logits - theirs).max() <= 1e-5
     assert sum(p.numel() for p in model.parameters()) == meta["params"]
@@ -144,27 +142,27 @@ def test_golden_logits_and_the_pipeline(folders):
 )
 def test_golden_features(golden, backbone):
     meta, arrays = load_golden(golden)
-    trunk = fill_by_name(getattr(dinat_backbones, meta["cls"])(**meta["kwargs"])).eval()
+    plain = fill_by_name(getattr(dinat_backbones, meta["cls"])(**meta["kwargs"])).eval()
     names = ("embed_dim", "depths", "num_heads", "kernel_size", "dilations", "mlp_ratio")
     kwargs = {name: meta["kwargs"][name] for name in names if name in meta["kwargs"]}
     scale = meta["kwargs"].get("layer_scale") or 0.0
     model = backbone(backbone.config_class(**kwargs, layer_scale_init_value=scale, out_indices=[1, 2, 3, 4])).eval()
-    model.load_state_dict(to_huggingface(trunk.state_dict()))
+    model.load_state_dict(to_huggingface(plain.state_dict()))
     assert any("layer_scale" in name for name in model.state_dict()) == bool(scale)
     x = image(*meta["shape"], seed=meta["seed"])
     with torch.no_grad():
-        for i, (ours, feature) in enumerate(zip(trunk(x), model(x).feature_maps, strict=True)):
+        for i, (ours, feature) in enumerate(zip(plain(x), model(x).feature_maps, strict=True)):
             assert abs(ours - feature).max() <= 1e-5
             assert abs(feature.flatten()[:: int(arrays[f"out{i}_step"])].numpy() - arrays[f"out{i}"]).max() <= 1e-4
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 70), (33, 18)])
 def test_maps_smaller_than_the_window(size):
-    trunk = DiNAT(**ARCH, dilations=DILATIONS, out_indices=(1, 2)).eval()
+    backbone = DiNAT(**ARCH, dilations=DILATIONS, out_indices=(1, 2)).eval()
     model = model_of("DinatBackbone", out_indices=[2, 3], out_features=None)
-    model.load_state_dict(to_huggingface(trunk.state_dict()))
+    model.load_state_dict(to_huggingface(backbone.state_dict()))
     with torch.no_grad():
-        for ours, feature in zip(trunk(image(2, 3, *size)), model(image(2, 3, *size)).feature_maps, strict=True):
+        for ours, feature in zip(backbone(image(2, 3, *size)), model(image(2, 3, *size)).feature_maps, strict=True):
             assert abs(ours - feature).max() <= 1e-5
 
 
@@ -180,32 +178,32 @@ def test_published_names():
         "intermediate.dense.": linear,
         "output.dense.": linear,
     }
-    trunk = {f"embeddings.patch_embeddings.projection.{i}.{name}" for i in (0, 1) for name in linear}
-    trunk |= {f"embeddings.norm.{name}" for name in linear}
+    backbone = {f"embeddings.patch_embeddings.projection.{i}.{name}" for i in (0, 1) for name in linear}
+    backbone |= {f"embeddings.norm.{name}" for name in linear}
     for level, depth in enumerate(ARCH["depths"]):
         for j in range(depth):
             prefix = f"encoder.levels.{level}.layers.{j}."
-            trunk |= {prefix + module + name for module, names in layer.items() for name in names}
+            backbone |= {prefix + module + name for module, names in layer.items() for name in names}
         if level + 1 < len(ARCH["depths"]):
             names = ("reduction.weight", "norm.weight", "norm.bias")
-            trunk |= {f"encoder.levels.{level}.downsample.{name}" for name in names}
-    model = trunk | {"layernorm.weight", "layernorm.bias"}
+            backbone |= {f"encoder.levels.{level}.downsample.{name}" for name in names}
+    model = backbone | {"layernorm.weight", "layernorm.bias"}
     found = {name: set(model_of(name, layer_scale_init_value=0.1).state_dict()) for name in CLASSES}
     assert found["DinatModel"] == found["NatModel"] == model
     for family in ("Nat", "Dinat"):
         names = {f"{family.lower()}.{name}" for name in model} | {"classifier.weight", "classifier.bias"}
         assert found[f"{family}ForImageClassification"] == names
         norms = {f"hidden_states_norms.stage{stage}.{name}" for stage in (1, 2) for name in linear}
-        assert found[f"{family}Backbone"] == trunk | norms
+        assert found[f"{family}Backbone"] == backbone | norms
 
 
 @pytest.mark.parametrize("layer_scale", [None, 0.5])
 @pytest.mark.parametrize("layout", ["huggingface", "huggingface-nat"])
 def test_conversion_there_and_back(layout, layer_scale):
-    trunk = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=layer_scale).state_dict()
-    classifier = {name: tensor for name, tensor in trunk.items() if not re.match(r"norm\d", name)}
+    backbone = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=layer_scale).state_dict()
+    classifier = {name: tensor for name, tensor in backbone.items() if not re.match(r"norm\d", name)}
     classifier |= {f"{name}.{kind}": torch.randn(64) for name in ("norm", "head") for kind in ("weight", "bias")}
-    for state in (trunk, classifier):
+    for state in (backbone, classifier):
         assert equal(from_huggingface(to_huggingface(state)), state)
         converted, changes = convert({"model": state, "args": None}, layout)
         assert {change.kind for change in changes} == {"renamed", "dropped"} and changes[-1].source == "args"
@@ -235,14 +233,14 @@ def test_report_and_other_kernel_size():
     assert f"renamed  {target}layer_scale_parameters -> {start}gamma2  ([2, 64] -> [64])" in lines
 
 
-def test_files_load_into_trunks(tmp_path):
+def test_files_load_into_backbones(tmp_path):
     model = model_of("DinatForImageClassification", layer_scale_init_value=0.1)
     model.save_pretrained(tmp_path)
-    trunk = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=1.0, out_indices=(2,)).eval()
-    report = load_backbone(trunk, tmp_path / "model.safetensors")
+    backbone = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=1.0, out_indices=(2,)).eval()
+    report = load_backbone(backbone, tmp_path / "model.safetensors")
     assert report.complete and not report.missing  # the classifier's norm is that of the last stage
     with torch.no_grad():
-        (feature,) = trunk(image(1, 3, 40, 64))
+        (feature,) = backbone(image(1, 3, 40, 64))
         assert abs(feature - model.dinat(image(1, 3, 40, 64)).last_hidden_state.permute(0, 3, 1, 2)).max() <= 1e-5
 
 
@@ -266,9 +264,9 @@ def test_conversion_refuses_what_does_not_fit(name, shape, message):
 def test_stem_and_other_heads_are_set_apart():
     state = model_of("NatBackbone", out_features=["stem", "stage3"]).state_dict()
     whole = {f"model.encoder.{name}": tensor for name, tensor in state.items()} | {"head.weight": torch.ones(1)}
-    trunk, others = split_prefix(whole)
+    backbone, others = split_prefix(whole)
     stem = [f"model.encoder.hidden_states_norms.stem.{name}" for name in ("weight", "bias")]
-    assert list(others) == [*stem, "head.weight"] and len(trunk) == len(state) - 2
+    assert list(others) == [*stem, "head.weight"] and len(backbone) == len(state) - 2
     with pytest.raises(ValueError, match="expected a NAT or DiNAT of transformers"):
         split_prefix({"conv.weight": torch.ones(1)})
 
@@ -290,7 +288,7 @@ def test_save_and_load(name, tmp_path):
         assert torch.equal(main_output(copy.deepcopy(model)(x)), main_output(model(x)))
 
 
-def test_classifier_files_give_trunks_and_other_heads(tmp_path):
+def test_classifier_files_give_backbones_and_other_heads(tmp_path):
     model = model_of("DinatForImageClassification")
     model.save_pretrained(tmp_path)
     _, info = hf.DinatModel.from_pretrained(tmp_path, output_loading_info=True)

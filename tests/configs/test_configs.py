@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 from dinat_backbones import zoo
+from helpers import ROOT
 
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
@@ -29,7 +30,6 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, TRANSFORMS, DefaultScope
 from mmengine.structures import InstanceData
 from mmseg.models import BaseSegmentor
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 DETECTION, SEGMENTATION = list(zoo.DETECTION.values()), list(zoo.SEGMENTATION.values())
 MASK2FORMER = [row for row in zoo.MASK2FORMER.values() if row.config]
@@ -104,11 +104,11 @@ def test_every_row_has_its_config_and_every_config_its_row():
 
 
 @rows(ALL)
-def test_trunk_optimizer_and_batch_size(row):
+def test_backbone_optimizer_and_batch_size(row):
     cfg = load(row)
     assert cfg.default_scope == row.config.split("/")[0]
     assert Path(row.config).parent.name == row.family.lower()
-    # Mask2Former's 11x11 trunk starts from the 7x7 weights; there is a file with the tables resized
+    # Mask2Former's 11x11 backbone starts from the 7x7 weights; there is a file with the tables resized
     pretrained = row.pretrained + ("_11x11" if row.kernel_size == 11 else "")
     init_cfg = dict(type="Pretrained", checkpoint=zoo.PRETRAINED[pretrained])
     assert plain(cfg.model.backbone) == dict(zoo.backbone_kwargs(row), type=row.family, init_cfg=init_cfg)
@@ -195,14 +195,14 @@ def test_cascade_trains_on_one_cpu():
     model = revert_sync_batchnorm(build(cfg, device="cpu")).train()
     assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
     model.init_weights()
-    truth = InstanceData(
+    expected = InstanceData(
         bboxes=torch.tensor([[8.0, 8.0, 40.0, 48.0]]),
         labels=torch.tensor([3]),
         masks=BitmapMasks(numpy.ones((1, 64, 64), numpy.uint8), 64, 64),
     )
     sample = DetDataSample(
         metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), pad_shape=(64, 64), batch_input_shape=(64, 64)),
-        gt_instances=truth,
+        gt_instances=expected,
     )
     losses = model.loss(torch.randn(1, 3, 64, 64), [sample])
     total, parts = model.parse_losses(losses)
@@ -275,7 +275,7 @@ def test_learning_rate_of_the_160k_recipe():
             scheduler.step()
 
 
-def test_twelve_views_of_one_picture(tmp_path):
+def test_twelve_views_of_one_image(tmp_path):
     """Multi-scale and flip test: each view is as large as the ratio says, of the size of the single-scale test."""
     cfg = load(zoo.SEGMENTATION["upernet_dinat_mini"])
     labels = tmp_path / "labels.png"

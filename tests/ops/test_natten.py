@@ -11,10 +11,10 @@ import types
 
 import pytest
 import torch
-from test_ops import draw, run, worst
 
 from dinat_backbones import DiNAT, neighborhood_attention_2d
-from dinat_backbones.ops import IMPLEMENTATIONS, natten
+from dinat_backbones.ops import BACKENDS, natten
+from helpers import draw, run, worst
 
 # small: FlexAttention in eager mode holds all pairs of pixels
 SHAPES = [(9, 11, 7, 1), (7, 7, 7, 1), (17, 16, 5, 3), (21, 23, 3, 7), (19, 13, 13, 1), (14, 19, 7, 2)]
@@ -39,13 +39,13 @@ def test_against_reference(found, height, width, kernel_size, dilation, fused):
         2, height, width, 2, 16, kernel_size, rpb=has_bias, dtype=torch.float32, fused=fused, seed=height
     )
     settings = dict(kernel_size=kernel_size, dilation=dilation, scale=0.3)
-    truth = run(*[[t.double() for t in tensors], rpb.double() if has_bias else None], grad_out.double(), **settings)
+    expected = run(*[[t.double() for t in tensors], rpb.double() if has_bias else None], grad_out.double(), **settings)
     inputs = [t.detach().requires_grad_() for t in (*tensors, *([rpb] if has_bias else []))]
     out = natten.attention(*inputs[:3], inputs[3] if has_bias else None, kernel_size, dilation, 0.3)
     got = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
     assert out.shape == tensors[0].shape and out.dtype == torch.float32
-    assert worst(got[:4], truth[:4]) < 2e-5
-    for a, b in zip(got[4:], truth[4:], strict=True):  # sums over the map
+    assert worst(got[:4], expected[:4]) < 2e-5
+    for a, b in zip(got[4:], expected[4:], strict=True):  # sums over the map
         assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item())
 
 
@@ -55,21 +55,22 @@ def test_old_releases_run_without_bias_too(found):
     tensors, _, grad_out = draw(1, 15, 17, 2, 8, 7, rpb=False, dtype=torch.float32)
     settings = dict(kernel_size=7, dilation=2)
     assert (
-        worst(run(tensors, None, grad_out, impl="natten", **settings), run(tensors, None, grad_out, **settings)) < 1e-5
+        worst(run(tensors, None, grad_out, backend="natten", **settings), run(tensors, None, grad_out, **settings))
+        < 1e-5
     )
 
 
 def test_half_precision_is_rounded_once(found):
-    """The bias gradient is float32, and the output is as near to the truth as bfloat16 can be."""
+    """The bias gradient is float32, and the output is as near to the expected as bfloat16 can be."""
     has_bias = not found.fused
     tensors, rpb, _ = draw(1, 20, 23, 2, 16, 7, rpb=has_bias, dtype=torch.bfloat16)
-    truth = neighborhood_attention_2d(
-        *[t.double() for t in tensors], rpb.double() if has_bias else None, kernel_size=7, impl="reference"
+    expected = neighborhood_attention_2d(
+        *[t.double() for t in tensors], rpb.double() if has_bias else None, kernel_size=7, backend="reference"
     )
     table = rpb.float().requires_grad_() if has_bias else None
     out = natten.attention(*tensors, table, 7, 1, 16**-0.5)
     assert out.dtype == torch.bfloat16
-    assert (out.double() - truth).abs().max() < 0.02 * truth.abs().max()
+    assert (out.double() - expected).abs().max() < 0.02 * expected.abs().max()
     if has_bias:
         assert torch.autograd.grad(out.float().sum(), table)[0].dtype == torch.float32
 
@@ -77,11 +78,11 @@ def test_half_precision_is_rounded_once(found):
 def test_model_trains_without_bias(found):
     """One step of a whole DiNAT with rel_pos_bias=False through NATTEN has the gradients of our own op."""
     models = []
-    for impl in ("natten", "reference"):
+    for backend in ("natten", "reference"):
         torch.manual_seed(0)
         model = DiNAT(
             embed_dim=16, depths=[1, 2], num_heads=[2, 4], dilations=[[2], [1, 3]], mlp_ratio=2.0, drop_path_rate=0.0,
-            rel_pos_bias=False, impl=impl,
+            rel_pos_bias=False, backend=backend,
         )  # fmt: skip
         models.append(model)
     x = torch.randn(2, 3, 41, 57)
@@ -120,8 +121,10 @@ def test_named_natten_is_refused_with_its_reasons(found):
     tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float64)
     if not found.fused:
         pytest.skip(f"natten {found.version} takes this call")
-    with pytest.raises(RuntimeError, match=r"impl='natten' cannot run this call: natten .* no relative.*; .*float64"):
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, impl="natten")
+    with pytest.raises(
+        RuntimeError, match=r"backend='natten' cannot run this call: natten .* no relative.*; .*float64"
+    ):
+        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="natten")
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_missing_natten(monkeypatch, fresh):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(RuntimeError, match=r'natten is not installed: pip install "dinat_backbones\[natten\]"'):
-        neighborhood_attention_2d(*[torch.zeros(1, 9, 9, 1, 8)] * 3, kernel_size=7, impl="natten")
+        neighborhood_attention_2d(*[torch.zeros(1, 9, 9, 1, 8)] * 3, kernel_size=7, backend="natten")
 
 
 def test_other_releases_are_named(monkeypatch, fresh):
@@ -155,7 +158,7 @@ def test_other_releases_are_named(monkeypatch, fresh):
 
 def test_order():
     """Our kernels come first; natten comes before plain PyTorch, and on a CPU only when it is named."""
-    names = list(IMPLEMENTATIONS)
+    names = list(BACKENDS)
     assert names.index("cpu") < names.index("natten") < names.index("tiled") < names.index("reference")
     code = "import torch, sys, dinat_backbones as d; q = torch.zeros(1, 9, 9, 1, 8, dtype=torch.float16);"
     code += "d.neighborhood_attention_2d(q, q, q, kernel_size=7); print('natten' in sys.modules)"

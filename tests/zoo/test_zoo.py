@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dinat_backbones import zoo
+from helpers import DATA
 
-PUBLISHED = json.loads((Path(__file__).parent / "data" / "published.json").read_text())
+PUBLISHED = json.loads((DATA / "published.json").read_text())
 NAMES = {
     "classification": [
         *("nat_mini", "nat_tiny", "nat_small", "nat_base"),
@@ -78,10 +79,10 @@ def test_rows_cannot_be_changed():
 def test_architectures_are_the_published_ones():
     assert list(zoo.ARCHS) == list(PUBLISHED["archs"])
     fields = ("family", "embed_dim", "depths", "num_heads", "mlp_ratio", "layer_scale", "kernel_size")
-    for name, trunk in zoo.ARCHS.items():
-        assert trunk.name == name
-        assert zoo.arch(name) is trunk
-        assert as_json({field: getattr(trunk, field) for field in fields}) == PUBLISHED["archs"][name]
+    for name, backbone in zoo.ARCHS.items():
+        assert backbone.name == name
+        assert zoo.arch(name) is backbone
+        assert as_json({field: getattr(backbone, field) for field in fields}) == PUBLISHED["archs"][name]
 
 
 def test_isotropic_models_are_the_published_ones():
@@ -99,25 +100,25 @@ def test_imagenet_dilations(fact):
     first, second, third, fourth = PUBLISHED["classification_dilations"][fact]
     assert fourth == "all 1"
     pair = [int(number) for number in third.split(" ")[0].split(",")]  # "1,2 repeated" -> [1, 2]
-    trunks = [trunk for trunk in zoo.ARCHS.values() if trunk.family == family]
-    assert len(trunks) >= 4
-    for trunk in trunks:
-        expected = [first, second, list(islice(cycle(pair), trunk.depths[2])), [1] * trunk.depths[3]]
-        assert as_json(zoo.dilations(trunk.name, setting)) == expected
+    backbones = [backbone for backbone in zoo.ARCHS.values() if backbone.family == family]
+    assert len(backbones) >= 4
+    for backbone in backbones:
+        expected = [first, second, list(islice(cycle(pair), backbone.depths[2])), [1] * backbone.depths[3]]
+        assert as_json(zoo.dilations(backbone.name, setting)) == expected
 
 
 @pytest.mark.parametrize("setting", zoo.DILATION_SETTINGS)
 @pytest.mark.parametrize("name", zoo.ARCHS)
 def test_one_dilation_per_block(name, setting):
-    trunk = zoo.arch(name)
-    if trunk.family == "NAT":
+    backbone = zoo.arch(name)
+    if backbone.family == "NAT":
         assert zoo.dilations(name, setting) is None
-    elif trunk.family == "DiNAT_s" and setting in ("imagenet-384-k11", "mask2former"):
+    elif backbone.family == "DiNAT_s" and setting in ("imagenet-384-k11", "mask2former"):
         with pytest.raises(ValueError, match=f"'{setting}' was never published for DiNAT_s.*imagenet-224.*coco"):
             zoo.dilations(name, setting)
     else:
         pattern = zoo.dilations(name, setting)
-        assert tuple(map(len, pattern)) == trunk.depths
+        assert tuple(map(len, pattern)) == backbone.depths
         assert all(stage[0] == 1 for stage in pattern)
 
 
@@ -140,9 +141,9 @@ def test_classification(name, fact):
         with pytest.raises(ValueError, match=f"{row.arch!r} is an isotropic model"):
             zoo.backbone_kwargs(row)
     else:
-        trunk = PUBLISHED["archs"][row.arch] | {"kernel_size": fact["kernel_size"]}
+        backbone = PUBLISHED["archs"][row.arch] | {"kernel_size": fact["kernel_size"]}
         setting = f"imagenet-{fact['resolution']}" + ("-k11" if fact["kernel_size"] == 11 else "")
-        expected = {**trunk, "dilations": as_json(zoo.dilations(row.arch, setting))}
+        expected = {**backbone, "dilations": as_json(zoo.dilations(row.arch, setting))}
         del expected["family"]
         assert zoo.backbone_kwargs(row) == {key: value for key, value in expected.items() if value is not None}
 
@@ -250,9 +251,9 @@ def test_mask2former(key):
         "checkpoint": row.checkpoint,
         "detectron2_config_over_defaults": config,
     } == PUBLISHED["mask2former"][key]
-    trunk = {f"MODEL.DINAT.{name.upper()}": value for name, value in zoo.backbone_kwargs(row).items()}
-    assert trunk.pop("MODEL.DINAT.MLP_RATIO") == 2.0  # the default there
-    assert trunk == {name: value for name, value in config.items() if name.startswith("MODEL.DINAT.")}
+    backbone = {f"MODEL.DINAT.{name.upper()}": value for name, value in zoo.backbone_kwargs(row).items()}
+    assert backbone.pop("MODEL.DINAT.MLP_RATIO") == 2.0  # the default there
+    assert backbone == {name: value for name, value in config.items() if name.startswith("MODEL.DINAT.")}
     assert row.pretrained == "dinat_large_21k"
     assert row.fp16 is False
 

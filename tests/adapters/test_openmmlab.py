@@ -4,12 +4,12 @@ import importlib
 import logging
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import dinat_backbones
+from helpers import ROOT
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.logging import MMLogger
@@ -18,7 +18,6 @@ from mmengine.registry import MODELS, DefaultScope
 
 from dinat_backbones.adapters import openmmlab
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 FAMILIES = ["NAT", "DiNAT", "DiNAT_s"]
 
@@ -37,7 +36,7 @@ def copy(model):
 
 @pytest.fixture
 def file(tmp_path):
-    """A checkpoint of a detector, and the trunk's tensors in it."""
+    """A checkpoint of a detector, and the backbone's tensors in it."""
     torch.manual_seed(1)
     state = {name: torch.randn_like(value) for name, value in dinat_backbones.DiNAT(**SMALL).state_dict().items()}
     path = tmp_path / "file.pth"
@@ -52,9 +51,9 @@ def test_registered_once_for_all_frameworks(framework, family):
     registry = pytest.importorskip(f"{framework}.registry", reason=reason).MODELS
     with DefaultScope.overwrite_default_scope(framework):
         model = build(family, registry)
-    trunk = getattr(dinat_backbones, family)
-    assert type(model) is getattr(openmmlab, family) and isinstance(model, (trunk, BaseModule))
-    assert list(model.state_dict()) == list(trunk(**SMALL).state_dict())
+    backbone = getattr(dinat_backbones, family)
+    assert type(model) is getattr(openmmlab, family) and isinstance(model, (backbone, BaseModule))
+    assert list(model.state_dict()) == list(backbone(**SMALL).state_dict())
 
 
 def test_second_import_is_fine():
@@ -82,7 +81,7 @@ def test_init_weights_loads_the_checkpoint(file, how, inside):
     assert same(model, state) and model.is_init
 
 
-def test_without_checkpoint_the_weights_stay_those_of_the_trunk():
+def test_without_checkpoint_the_weights_stay_those_of_the_backbone():
     model = build()
     before = copy(model)
     model.init_weights()
@@ -132,7 +131,7 @@ def test_nothing_fits_and_partial_fit(tmp_path, file):
     assert "levels.0.blocks.0.attn.rpb" in record.getMessage() and "attn.extra" in record.getMessage()
 
 
-def test_freezing_and_train_are_the_trunks():
+def test_freezing_and_train_are_the_backbones():
     detector = Sequential(build(frozen_stages=2))
     model = detector[0]
     detector.init_weights()

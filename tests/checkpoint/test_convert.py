@@ -1,22 +1,18 @@
 """checkpoint/layouts.py and tools/convert_checkpoint.py: published layouts, key by key, and the features they give."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_by_name, load_golden
 
 import dinat_backbones
 from dinat_backbones import DiNAT
 from dinat_backbones.checkpoint import LAYOUTS, convert, load_backbone, load_model, read, resize_rpb
+from helpers import DATA, ROOT, fill_by_name, load_golden, run_tool
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
-# Names and shapes of everything but the trunk, as mmdet 2.19.0 and mmseg 0.20.2 build the published models.
-HEADS = json.loads((Path(__file__).parent / "data" / "published_heads.json").read_text())
+# Names and shapes of everything but the backbone, as mmdet 2.19.0 and mmseg 0.20.2 build the published models.
+HEADS = json.loads((DATA / "published_heads.json").read_text())
 CLASSES, PALETTE = ("cat", "dog"), [[0, 0, 0], [255, 0, 0]]
 
 
@@ -29,8 +25,8 @@ def filled_heads(heads):
 
 def old_file(heads="mask_rcnn"):
     """A checkpoint as mmdet 2 wrote it."""
-    trunk = fill_by_name(DiNAT(**SMALL)).state_dict()
-    state = {f"backbone.{name}": tensor for name, tensor in trunk.items()}
+    backbone = fill_by_name(DiNAT(**SMALL)).state_dict()
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
     state |= filled_heads(heads)
     meta = dict(CLASSES=CLASSES, PALETTE=PALETTE, epoch=36, config="model = dict()", mmdet_version="2.19.0")
     return {"meta": meta, "state_dict": state, "optimizer": {"state": {0: {"step": 1}}}}
@@ -73,24 +69,24 @@ def test_there_and_back(there, back):
     assert equal(new["state_dict"], old["state_dict"])
 
 
-def test_trunk_of_a_detector_and_back():
-    trunk = fill_by_name(DiNAT(**SMALL)).state_dict()
+def test_backbone_of_a_detector_and_back():
+    backbone = fill_by_name(DiNAT(**SMALL)).state_dict()
     bare, changes = convert(old_file(), "imagenet")
-    assert equal(bare, trunk)
+    assert equal(bare, backbone)
     found = kinds(changes)
-    assert all(found[f"backbone.{name}"] == "renamed" for name in trunk)
+    assert all(found[f"backbone.{name}"] == "renamed" for name in backbone)
     assert all(found[name] == "dropped" for name in HEADS["mask_rcnn"])
     again, _ = convert(bare, "mmdet3")
-    assert equal(again["state_dict"], {f"backbone.{name}": tensor for name, tensor in trunk.items()})
+    assert equal(again["state_dict"], {f"backbone.{name}": tensor for name, tensor in backbone.items()})
 
 
 def test_classifier_stays_among_imagenet_files_and_has_no_place_elsewhere():
-    trunk = {name: t for name, t in DiNAT(**SMALL).state_dict().items() if not name.startswith("norm")}
-    file = trunk | {"norm.weight": torch.ones(256), "head.weight": torch.ones(9, 256)}
+    backbone = {name: t for name, t in DiNAT(**SMALL).state_dict().items() if not name.startswith("norm")}
+    file = backbone | {"norm.weight": torch.ones(256), "head.weight": torch.ones(9, 256)}
     same, changes = convert({"model": file, "args": None}, "imagenet")
     assert equal(same, file) and {change.kind for change in changes} == {"kept", "dropped"}
     new, changes = convert(file, "mmdet3")
-    assert equal(new["state_dict"], {f"backbone.{name}": tensor for name, tensor in trunk.items()})
+    assert equal(new["state_dict"], {f"backbone.{name}": tensor for name, tensor in backbone.items()})
     assert [change.source for change in changes if change.kind == "dropped"] == ["norm.weight", "head.weight"]
 
 
@@ -151,8 +147,8 @@ def test_published_files_load_strictly_and_give_the_published_features(tmp_path,
     assert {name: shape for name, shape in shapes.items() if not name.startswith("backbone.")} == HEADS[heads]
 
     meta, arrays = load_golden(golden)
-    trunk = fill_by_name(getattr(dinat_backbones, meta["cls"])(**meta["kwargs"])).state_dict()
-    state = {f"backbone.{name}": tensor for name, tensor in trunk.items()}
+    backbone = fill_by_name(getattr(dinat_backbones, meta["cls"])(**meta["kwargs"])).state_dict()
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
     state |= filled_heads(heads)
     torch.save({"meta": {"CLASSES": CLASSES}, "state_dict": state}, tmp_path / "old.pth")
     run_tool(tmp_path / "old.pth", tmp_path / "new.pth", "--to", {"mmdet": "mmdet3", "mmseg": "mmseg1"}[framework])
@@ -169,13 +165,6 @@ def test_published_files_load_strictly_and_give_the_published_features(tmp_path,
 # -------------------------------------------------------------------------------------------------- command line
 
 
-def run_tool(*arguments, code=0):
-    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
-    return run.stdout if code == 0 else run.stderr
-
-
 def test_every_suffix_and_the_report(tmp_path):
     pytest.importorskip("safetensors", reason="safetensors is not installed")
     old = old_file()
@@ -190,9 +179,9 @@ def test_every_suffix_and_the_report(tmp_path):
     assert equal(back["state_dict"], {name: old["state_dict"][name] for name in back["state_dict"]})
     assert back["state_dict"].keys() == old["state_dict"].keys()
     assert back["meta"] == {"CLASSES": list(CLASSES), "PALETTE": PALETTE}
-    run_tool(tmp_path / "sub" / "back.pth", tmp_path / "trunk.safetensors", "--to", "imagenet")
+    run_tool(tmp_path / "sub" / "back.pth", tmp_path / "backbone.safetensors", "--to", "imagenet")
     model = DiNAT(**SMALL)
-    assert not load_backbone(model, tmp_path / "trunk.safetensors").missing
+    assert not load_backbone(model, tmp_path / "backbone.safetensors").missing
 
 
 def test_nothing_is_overwritten_or_left_behind(tmp_path):
