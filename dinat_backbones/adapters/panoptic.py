@@ -15,7 +15,7 @@ A panoptic PNG stores the segment's id in its colour: red + 256 * green + 256^2 
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -207,12 +207,14 @@ def pq_compute(
 
     def count(annotation: Mapping[str, Any]) -> PQStat:
         prediction = predicted[annotation["image_id"]]
-        maps = [
-            _read_ids(folder / info["file_name"])
-            for folder, info in zip(folders, (annotation, prediction), strict=True)
-        ]
         try:
-            return count_segments(*maps, annotation["segments_info"], prediction["segments_info"], categories)
+            return count_segments(
+                _read_ids(folders[0] / annotation["file_name"]),
+                _read_ids(folders[1] / prediction["file_name"]),
+                annotation["segments_info"],
+                prediction["segments_info"],
+                categories,
+            )
         except KeyError as error:
             raise KeyError(f"image {annotation['image_id']}: {error.args[0]}") from error
 
@@ -235,7 +237,7 @@ def pq_compute(
 
 
 def fill_module(module: ModuleType) -> None:
-    """Puts the functions into `module`, the new and empty `panopticapi`, `panopticapi.evaluation` or `panopticapi.utils`."""
+    """Puts the functions into `module`, an empty `panopticapi`, `panopticapi.evaluation` or `panopticapi.utils`."""
     module.__doc__ = (
         "Panoptic quality as dinat_backbones.adapters.panoptic computes it; `panopticapi` is not installed."
     )

@@ -4,6 +4,9 @@ import copy
 import json
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +74,8 @@ def files(tmp_path_factory):
         ):
             (folder / name).mkdir(exist_ok=True)
             Image.fromarray(utils.id2rgb(ids)).save(folder / name / f"{image_id}.png")
-            target["annotations"].append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos})
+            entry = {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos}
+            target["annotations"].append({**entry, "height": ids.shape[0], "width": ids.shape[1]})
     (folder / "annotations.json").write_text(json.dumps(annotations))
     (folder / "predictions.json").write_text(json.dumps(predictions))
     return [str(folder / name) for name in ("annotations.json", "predictions.json")]
@@ -96,7 +100,7 @@ def test_random_maps_with_crowd_and_void_give_the_same_quality(files, capsys):
 
 
 def test_counts_of_each_image_are_the_same(files):
-    annotations, predictions = (json.loads(open(file).read())["annotations"] for file in files)
+    annotations, predictions = (json.loads(Path(file).read_text())["annotations"] for file in files)
     categories = {info["id"]: info for info in CATEGORIES}
     folders = [file.removesuffix(".json") for file in files]
     ignored = matched = 0
@@ -154,7 +158,7 @@ def test_no_stuff_among_the_categories():
     ],
 )
 def test_predictions_that_contradict_themselves(files, tmp_path, change, message):
-    content = json.loads(open(files[1]).read())
+    content = json.loads(Path(files[1]).read_text())
     if change is None:
         del content["annotations"][5]
     else:
@@ -167,3 +171,91 @@ def test_predictions_that_contradict_themselves(files, tmp_path, change, message
 def test_a_missing_folder(files, tmp_path):
     with pytest.raises(FileNotFoundError, match="PNGs of predictions does not exist"):
         panoptic.pq_compute(*files, pred_folder=str(tmp_path / "missing"))
+
+
+FIND = """
+import sys
+import dinat_mmcv_finder
+from importlib.util import find_spec
+if {hide}:  # as in an environment without it
+    for finder in sys.meta_path[:-1]:
+        find = finder.find_spec
+        finder.find_spec = lambda name, *rest, find=find: None if name.startswith("panopticapi") else find(name, *rest)
+assert "dinat_backbones" not in sys.modules and "numpy" not in sys.modules  # every start of Python pays for this
+import panopticapi, panopticapi.evaluation, panopticapi.utils
+from panopticapi.evaluation import OFFSET, VOID, PQStat, pq_compute
+from panopticapi.utils import id2rgb, rgb2id
+print(PQStat.__module__, rgb2id.__module__)
+"""
+
+
+@pytest.mark.parametrize("hide, expected", [(False, "panopticapi.evaluation panopticapi.utils"), (True, None)])
+def test_an_installed_panopticapi_is_preferred(hide, expected):
+    ours = panoptic.__name__
+    run = subprocess.run([sys.executable, "-c", FIND.format(hide=hide)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == (expected or f"{ours} {ours}")
+
+
+def test_what_is_not_here_names_the_command():
+    module = type(panoptic)("panopticapi.utils")
+    panoptic.fill_module(module)
+    with pytest.raises(AttributeError, match="IdGenerator.*pip install git"):
+        _ = module.IdGenerator
+
+
+METRIC = (
+    FIND
+    + """
+import json
+import numpy as np, torch
+import mmdet.evaluation.functional.panoptic_utils as panoptic_utils
+from mmdet.evaluation import CocoPanopticMetric
+
+assert panoptic_utils.PQStat is PQStat
+annotations, prefix = sys.argv[1:]
+content = json.load(open(annotations))
+folder = annotations.removesuffix(".json")
+names = [info["name"] for info in content["categories"]]
+label = {{info["id"]: index for index, info in enumerate(content["categories"])}}
+results = []
+for options in (dict(), dict(outfile_prefix=prefix, nproc=2)):  # as in training; files, and PQ by worker processes
+    metric = CocoPanopticMetric(ann_file=annotations, seg_prefix=folder, **options)
+    metric.dataset_meta = dict(classes=names)
+    for info in content["annotations"]:
+        image_id = info["image_id"]
+        found = np.random.default_rng(image_id).integers(0, 8, (info["height"] // 4 + 1, info["width"] // 4 + 1))
+        found = found.repeat(4, 0).repeat(4, 1)[: info["height"], : info["width"]]  # blocks of classes and, 7, of VOID
+        ids = rgb2id(np.asarray(panoptic_utils.mmcv.imread(f"{{folder}}/{{info['file_name']}}", channel_order="rgb")))
+        for number, segment in enumerate(info["segments_info"][::2]):  # every other segment is found
+            found[ids == segment["id"]] = label[segment["category_id"]] + 1000 * (number + 1)
+        metric.process(None, [dict(
+            img_id=image_id, img_path=f"{{image_id}}.jpg", ori_shape=found.shape,
+            pred_panoptic_seg=dict(sem_seg=torch.from_numpy(found)[None]),
+        )])
+    results.append(metric.evaluate(len(content["annotations"])))
+print(json.dumps(results))
+"""
+)
+
+
+def test_metric_of_mmdet_is_the_same_without_panopticapi(files, tmp_path):
+    pytest.importorskip("mmdet", reason="mmdet is missing: pip install 'dinat_backbones[openmmlab]'")
+    content = json.loads(Path(files[0]).read_text())
+    content["images"] = [
+        {"id": info["image_id"], "width": info["width"], "height": info["height"], "file_name": info["file_name"]}
+        for info in content["annotations"]
+    ]
+    annotations = Path(files[0]).with_name("images.json")
+    annotations.write_text(json.dumps(content))
+    annotations.with_suffix("").symlink_to("annotations")
+    found = []
+    for hide in (False, True):
+        command = [sys.executable, "-c", METRIC.format(hide=hide), str(annotations), str(tmp_path / f"hide-{hide}")]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    expected, ours = found
+    assert all(10 < value < 99.9 for value in expected[0].values()), expected
+    for one, other in zip(ours, expected, strict=True):
+        assert_same(one, other)
