@@ -77,6 +77,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=find_packages(include=["dinat_backbones", "dinat_backbones.*"]),
+    py_modules=["dinat_mmcv_finder"],
     ext_modules=[
         Extension(
             "dinat_backbones.ops._na2d",

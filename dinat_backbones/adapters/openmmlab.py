@@ -26,7 +26,10 @@ except ModuleNotFoundError as error:
 
 from .. import backbone
 from ..checkpoint import load_backbone
+from . import mmcv_ext
 from .seeding import seed_everything
+
+mmcv_ext.install()
 
 
 class _Initialized:
