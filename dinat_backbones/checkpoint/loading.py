@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
-    """The backbone's tensors under the backbone's own names, from a classification, detection or segmentation checkpoint.
+    """The backbone's tensors under its own names, from a classification, detection or segmentation checkpoint.
 
     Args:
         checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`, or a file
@@ -126,7 +126,7 @@ class Report:
 
 def load_backbone(
     model: nn.Module,
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     prefix: str | None = None,
     allow_pickle: bool = False,
@@ -134,8 +134,8 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A backbone that returns its
-    last stage alone computes what an ImageNet classifier does: its output norm is then that of the classifier.
+    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A backbone that returns
+    its last stage alone computes what an ImageNet classifier does: its output norm is then that of the classifier.
 
     Args:
         model: a backbone; untouched if an error is raised.
@@ -171,7 +171,7 @@ def load_backbone(
 
 def load_classifier(
     model: nn.Module,
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     allow_pickle: bool = False,
     logger: logging.Logger | None = None,
@@ -213,7 +213,7 @@ def load_classifier(
     return report
 
 
-def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: bool = False) -> None:
+def load_model(model: nn.Module, source: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
     """Load a checkpoint into a whole detector, segmentor or classifier: all of it or an error.
 
     Args:
@@ -276,7 +276,7 @@ def _shape_differences(report: Report) -> list[str]:
     return words + ([f"and {more} more shapes differ"] if more else [])
 
 
-def _some(names, count: int = 4) -> str:
+def _some(names: Iterable[str], count: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
 
