@@ -28,6 +28,11 @@ class Inert:
     def __call__(self, *args: Any) -> Any:
         return Inert(self.name, args)
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it is a numpy array of numbers, in a type that torch does not have."""
+        return self.name == "numpy.ndarray" and str(self.arguments[1])[:1] in "biufc"
+
     def __repr__(self) -> str:
         return f"Inert({self.name!r})"
 
@@ -89,6 +94,9 @@ class Dtype:
     def __init__(self, name: Any, *args: Any) -> None:
         self.name, self.order = str(name), "="
 
+    def __str__(self) -> str:
+        return self.name
+
     def numpy(self) -> numpy.dtype[Any] | None:
         """None if an element is more than a number or text."""
         known = re.fullmatch(r"[biufcSU]\d{1,9}", self.name) is not None
@@ -114,11 +122,11 @@ def array_from_bytes(content: Any, dtype: Any, shape: tuple[int, ...] = (), orde
 
 
 def _scalar(dtype: Any, content: Any = b"") -> Any:
-    """A number or text of Python."""
+    """A tensor without dimensions, or text."""
     found = dtype.numpy() if isinstance(dtype, Dtype) else None
-    if found is None:
-        return Inert("numpy.generic", (dtype, content))
-    return numpy.frombuffer(_as_bytes(content), found)[0].item() if found.itemsize else found.type().item()
+    if found is not None and found.kind in "SU":
+        return numpy.frombuffer(_as_bytes(content), found)[0].item() if found.itemsize else found.type().item()
+    return array_from_bytes(content, dtype)
 
 
 def _as_bytes(content: Any) -> bytes:

@@ -29,8 +29,8 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
             origin you trust.
 
     Returns:
-        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). numpy's arrays have become
-        tensors, its scalars numbers. Objects of training libraries (mmengine's message hub, argparse namespaces) are
+        Name -> tensor, or the framework's dictionary around it (see `backbone_state`). numpy's arrays and
+        scalars have become tensors. Objects of training libraries (mmengine's message hub, argparse namespaces) are
         `Inert`: their names, arguments and attributes, without the objects.
 
     Raises:
@@ -106,4 +106,5 @@ def _with_tensors(content: Any) -> Any:
     if isinstance(content, dict):
         for key, value in content.items():
             content[key] = _with_tensors(value)
-    return torch.as_tensor(content) if isinstance(content, numpy.ndarray) and content.dtype.kind in "biufc" else content
+    number = isinstance(content, (numpy.ndarray, numpy.generic)) and content.dtype.kind in "biufc"
+    return torch.as_tensor(content) if number else content
