@@ -7,7 +7,7 @@ import os
 import pickle
 import types
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ class Inert:
 
 _BUILDS_TENSORS = {
     "collections.OrderedDict": OrderedDict,
+    "collections.Counter": Counter,  # of mmengine's MultiStepLR
+    "collections.deque": deque,
+    "collections.defaultdict": lambda factory=None: {},
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
     "torch.Size": torch.Size,
     "torch.device": torch.device,
     **{
