@@ -1,6 +1,7 @@
 """What tests share: where things are, golden arrays, random inputs of the op, and running a command."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -167,6 +168,13 @@ def to_dtype(values, dtype):
 
 
 # ---- commands
+
+
+def environment(*paths, **variables):
+    """The environment for a process: this one's with `variables`, and `paths` before those of PYTHONPATH."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])])
+    return {**os.environ, **({"PYTHONPATH": path} if path else {}), **variables}
 
 
 def run_tool(*arguments, code=0):

@@ -1,4 +1,4 @@
-"""tools/export.py and ops/exportable.py: exported models equal the eager ones, at sizes the export never saw."""
+"""`dinat export` and the backend that it uses: exported models equal the eager ones, at sizes the export never saw."""
 
 import sys
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import dinat_backbones
+from dinat_backbones.cli import export
 from dinat_backbones.ops import padding, symbolic
-from helpers import ROOT, draw, fill_by_name, run, sample
-
-sys.path.insert(0, str(ROOT / "tools"))
-import export  # noqa: E402
+from helpers import draw, fill_by_name, run, sample
 
 SMALL = dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[5], [2]], mlp_ratio=2.0)
 needs_export = pytest.mark.skipif(
@@ -104,8 +102,8 @@ def test_bad_arguments(arguments, message, capsys, monkeypatch, tmp_path):
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr(export.importlib, "import_module", _no_onnx)
-    with pytest.raises(export.Error, match=r'onnx is not installed: pip install "dinat_backbones\[export\]"'):
-        export._needed("onnx")
+    with pytest.raises(export.ExportError, match=r'onnx is not installed: pip install "dinat_backbones\[export\]"'):
+        export._optional_package("onnx")
 
 
 def _no_onnx(name):
