@@ -18,6 +18,8 @@ from dinat_backbones.ops import BACKENDS
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 GOLDEN = DATA / "golden"
+# what was published about every model: architecture, recipe, results, checkpoint
+PUBLISHED = json.loads((DATA / "published.json").read_text())
 
 # The backends that need no further package and so run on any machine; the others have files of their own.
 EVERYWHERE = [name for name, backend in BACKENDS.items() if not backend.requires]
