@@ -105,7 +105,7 @@ def build(uv: str, folder: Path) -> dict[str, Path]:
 
 
 def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Path, keep: bool) -> dict:
-    """Results of one pair, from `folder` if it is finished there: {"versions": ..., "checks": {name: error or None}}."""
+    """Results of one pair, from `folder` if they are there: {"versions": ..., "checks": {name: error or None}}."""
     with zipfile.ZipFile(packages["wheel"]) as wheel:
         contents = sorted((entry.filename, entry.CRC) for entry in wheel.infolist())
     script = ROOT / "tools" / "check_models.py"

@@ -2,7 +2,7 @@
 
     python check_models.py RESULTS.json CHECK ...
 
-Each check is written into RESULTS.json as soon as it is finished: null if it passed, else its error. A check that passed
+Each check is written into RESULTS.json as soon as it is finished: null if it passed, else its error. One that passed
 before is not repeated. The detectors and the segmentor have a small DiNAT, train for three iterations on six drawings,
 are evaluated on two more, and draw their predictions for one.
 """
