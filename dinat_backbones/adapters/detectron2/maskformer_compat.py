@@ -1,10 +1,10 @@
 """Mask2Former on Detectron2 with this package's backbones: one import, one config.
 
-    from dinat_backbones.adapters.mask2former import get_config
+    from dinat_backbones.adapters.detectron2.maskformer_compat import get_config
     cfg = get_config("mask2former/configs/coco/panoptic-segmentation/....yaml", ["SOLVER.MAX_ITER", 1000])
 
-Takes whichever `mask2former` Python finds: PyPI's `maskformer2` or the original repository on PYTHONPATH. What differs
-between them, and from a machine without a CUDA build of their deformable attention, is settled here.
+Works with PyPI's `maskformer2` and with the original repository on PYTHONPATH, with and without the CUDA build of their
+deformable attention; the differences are handled here.
 """
 
 import contextlib
@@ -18,14 +18,12 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
-from . import detectron2 as adapter  # before Detectron2 itself: says what to do where that is missing
-
-# isort: split
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.logger import log_first_n
+from torch import Tensor
+
+from .backbone import add_dinat_config
 
 INSTALL = (
     "pip install --no-deps --no-build-isolation maskformer2==0.1 (it pins what it needs to addresses; install "
@@ -36,8 +34,9 @@ _HAS_CUDA_OP = importlib.util.find_spec(_CUDA_OP) is not None
 
 
 @contextlib.contextmanager
-def _cuda_op_may_be_absent() -> Iterator[None]:
-    """The original repository refuses to be imported without its CUDA op, although it can do without."""
+def _placeholder_for_cuda_op() -> Iterator[None]:
+    """An empty module in place of a missing CUDA op: the original repository fails to import without it, although its
+    PyTorch version does not need it."""
     if not _HAS_CUDA_OP:
         sys.modules[_CUDA_OP] = types.ModuleType(_CUDA_OP)
     try:
@@ -48,9 +47,9 @@ def _cuda_op_may_be_absent() -> Iterator[None]:
 
 
 try:
-    with _cuda_op_may_be_absent():
+    with _placeholder_for_cuda_op():
         mask2former: Any = importlib.import_module("mask2former")
-        if getattr(mask2former, "__file__", None) is None:  # a folder of that name, as in a checkout of this project
+        if getattr(mask2former, "__file__", None) is None:  # the folder mask2former/ of this project's checkout
             raise ModuleNotFoundError("no module named 'mask2former'", name="mask2former")
         maskformer_model: Any = importlib.import_module("mask2former.maskformer_model")
         ms_deform_attn: Any = importlib.import_module("mask2former.modeling.pixel_decoder.ops.modules.ms_deform_attn")
@@ -58,13 +57,13 @@ except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "mask2former":
         raise
     raise ModuleNotFoundError(
-        f"dinat_backbones.adapters.mask2former needs Mask2Former: {INSTALL}", name="mask2former"
+        f"Detectron2's Mask2Former models need Mask2Former: {INSTALL}", name="mask2former"
     ) from error
 
 
-class _DeformableAttentionInPyTorch:
-    """Stands in for `MSDeformAttnFunction`. Without it, theirs is tried and fails at every call before they fall back
-    to the same function."""
+class _PyTorchDeformableAttention:
+    """Replaces `MSDeformAttnFunction` where its CUDA op is missing. Mask2Former would call the op, catch the error and
+    call the same PyTorch function, in every layer."""
 
     @staticmethod
     def apply(
@@ -80,12 +79,12 @@ class _DeformableAttentionInPyTorch:
 
 
 if not _HAS_CUDA_OP:
-    ms_deform_attn.MSDeformAttnFunction = _DeformableAttentionInPyTorch
+    ms_deform_attn.MSDeformAttnFunction = _PyTorchDeformableAttention
 
 
-class _SetCriterion(maskformer_model.SetCriterion):
-    """maskformer2 0.1 took its criterion from a relative of Mask2Former that makes `weight_dict` itself, from other
-    arguments than its own `MaskFormer.from_config` passes. This one takes those, as the original repository's does."""
+class _WeightDictCriterion(maskformer_model.SetCriterion):
+    """The criterion of maskformer2 0.1 with the arguments of the original repository's, which are those that
+    `MaskFormer.from_config` passes: that of 0.1 expects single weights in place of `weight_dict`."""
 
     def __init__(self, num_classes: int, matcher: Any, weight_dict: dict[str, float], **kwargs: Any):
         super().__init__(
@@ -99,15 +98,15 @@ class _SetCriterion(maskformer_model.SetCriterion):
         )
 
 
-# TorchScript derives a function's gradient anew after its first calls, and rounds otherwise then: a resumed run, which
-# has those calls later, would not repeat what an uninterrupted one does. Both repositories keep the plain functions.
+# TorchScript recompiles the gradient of a function after its first calls and then rounds differently, so a resumed run
+# would differ from an uninterrupted one. Both repositories also have the plain functions, which replace the scripted.
 for _module in map(importlib.import_module, ("mask2former.modeling.criterion", "mask2former.modeling.matcher")):
     for _name in [name for name in vars(_module) if name.endswith("_jit")]:
         setattr(_module, _name, getattr(_module, _name.removesuffix("_jit")))
 
 
 if "weight_dict" not in inspect.signature(maskformer_model.SetCriterion).parameters:
-    maskformer_model.SetCriterion = _SetCriterion
+    maskformer_model.SetCriterion = _WeightDictCriterion
 
 
 def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
@@ -124,7 +123,7 @@ def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
     cfg = get_cfg()
     add_deeplab_config(cfg)
     mask2former.add_maskformer2_config(cfg)
-    adapter.add_dinat_config(cfg)
+    add_dinat_config(cfg)
     if file is not None:
         if not os.path.isfile(file):
             raise FileNotFoundError(f"config {file} is not there")

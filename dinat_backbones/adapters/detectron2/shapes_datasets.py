@@ -1,6 +1,6 @@
-"""The drawings of tools/make_shapes.py as data sets of Detectron2, in $DETECTRON2_DATASETS/shapes.
+"""The data sets of `dinat shapes` under Detectron2's names, in $DETECTRON2_DATASETS/shapes; the import registers them.
 
-    python tools/make_shapes.py datasets/shapes --layout coco coco-panoptic ade20k cityscapes
+    dinat shapes datasets/shapes --layout coco coco-panoptic ade20k cityscapes
 
 | name, with train or val for {}    | like                                    | needs of it                         |
 |-----------------------------------|-----------------------------------------|-------------------------------------|
@@ -23,10 +23,10 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_sem_seg, register_coco_instances
 
-THINGS = ("circle", "triangle", "ring")  # of make_shapes, in the order of its category ids 1, 2, 3
+THINGS = ("circle", "triangle", "ring")  # CLASSES of cli/shapes.py, in the order of its category ids 1, 2, 3
 CLASSES = (*THINGS, "background")
 COLORS = [(27, 158, 119), (217, 95, 2), (117, 112, 179), (120, 120, 120)]  # RGB
-# as in Mask2Former's own sets, things are among the "stuff", whose evaluators take it for all classes
+# as in Mask2Former's own sets, things are among the "stuff", which the evaluators take for all classes
 THING_META = dict(
     thing_classes=list(THINGS),
     thing_colors=COLORS[: len(THINGS)],
@@ -39,7 +39,7 @@ def register_shapes(root: Path) -> None:
     """Register all sets of the table above; nothing is read before a set is used.
 
     Args:
-        root: the folder that make_shapes wrote, or will write.
+        root: the folder that `dinat shapes` wrote, or will write.
     """
     for split, ade_split in (("train", "training"), ("val", "validation")):
         instances = root / "annotations" / f"instances_{split}.json"
@@ -102,7 +102,7 @@ def load_cityscapes(root: Path, split: str) -> list[dict]:
     """Dicts of the images and their labelTrainIds."""
     images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
     if not images:
-        raise FileNotFoundError(f"no images in {root / 'leftImg8bit' / split}: make_shapes --layout cityscapes")
+        raise FileNotFoundError(f"no images in {root / 'leftImg8bit' / split}: dinat shapes --layout cityscapes")
     return [
         dict(file_name=str(path), sem_seg_file_name=str(_label_map(root, split, path.stem.split("_")[1])))
         for path in images

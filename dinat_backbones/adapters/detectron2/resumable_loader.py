@@ -1,5 +1,5 @@
-"""Training data and random numbers as functions of the run's seed and the step, so that a resumed run does what an
-uninterrupted one would have done. Detectron2 saves neither the place in the data nor states of random generators."""
+"""Training data and random numbers as functions of the run's seed and the step, so that a resumed run repeats an
+uninterrupted one. Detectron2 saves neither the position in the data nor the states of the random generators."""
 
 import itertools
 import logging
@@ -12,9 +12,9 @@ from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dinat_backbones.adapters.seeding import seed_everything
+from ..seeding import seed_everything
 
-# First words of the keys that seed, so that data and model never share a stream.
+# The first number of a seed, so that data and model never share a stream of random numbers.
 _DATA, _STEP = 0, 1
 
 
@@ -31,9 +31,9 @@ class SeedSteps(HookBase):
 class Batches:
     """Batch sampler: endless lists of ``(position, index)``, position counting this process's samples from 0.
 
-    The order is that of Detectron2's `TrainingSampler`. With `sizes`, batches are of landscape or of portrait images
-    alone, formed as Detectron2's aspect-ratio grouping does it, but before anything is read: any step can be returned
-    to without reading what came before.
+    The order is that of Detectron2's `TrainingSampler`. With `size_of`, each batch has either landscape or portrait
+    images only, as Detectron2's aspect-ratio grouping forms them, but before anything is read: any step can be resumed
+    without reading the data before it.
 
     Args:
         sampler: of indices, endless.
@@ -45,7 +45,7 @@ class Batches:
         self, sampler: TrainingSampler, batch_size: int, size_of: Callable[[int], tuple[int, int]] | None = None
     ):
         self.sampler, self.batch_size, self.size_of = sampler, batch_size, size_of
-        self.start = 0  # batches to leave out
+        self.start = 0  # batches to skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._all(), self.start, None)
@@ -72,13 +72,23 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dicts)
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        position, index = place
-        seed_everything(*self.key, position)
-        sample = self.mapper(self.dicts[index])
-        if sample is None:  # nothing to learn from in this crop; Detectron2, too, takes another image instead
-            return self[position, (index + 1) % len(self)]
-        return sample
+    def __getitem__(self, position_and_index: tuple[int, int]) -> Any:
+        """The sample at (position, index).
+
+        Raises:
+            ValueError: the mapper returns None for every image of the data set.
+        """
+        position, index = position_and_index
+        # As in Detectron2, an image without annotations in its crop (None) is replaced by another one.
+        for attempt in range(len(self)):
+            seed_everything(*self.key, position)
+            sample = self.mapper(self.dicts[(index + attempt) % len(self)])
+            if sample is not None:
+                return sample
+        raise ValueError(
+            f"none of the {len(self)} training images gives a sample: their crops have no annotations; check "
+            "DATASETS.TRAIN, INPUT.CROP and the annotations"
+        )
 
     def size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels, from the data set or the head of the file."""
@@ -105,7 +115,7 @@ def build_loader(
 
     Args:
         dicts: of the data set.
-        mapper: makes a training sample of one of them, or None to skip it.
+        mapper: makes a training sample of one of them; None takes the next image.
         seed: the same in all processes.
         total_batch_size: of all processes together.
         aspect_ratio_grouping: see `Batches`.
@@ -124,8 +134,8 @@ def build_loader(
         samples.size if aspect_ratio_grouping else None,
     )
     logging.getLogger("detectron2").info("%d training images, %d a step", len(dicts), total_batch_size)
-    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is)
+    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, collate_fn=_identity)
 
 
-def _as_it_is(batch: list) -> list:
+def _identity(batch: list) -> list:
     return batch
