@@ -85,6 +85,6 @@ install --no-deps panopticapi-lite==0.2.0
 [ "$stack" = modern ] || install --no-deps --no-build-isolation maskformer2==0.1
 
 echo "[$stack] 4/4 dinat_backbones itself, with its CPU kernel"
-install -r "$requirements" --editable ".[dev]"
+install -r "$requirements" --editable ".[dev,docs]"
 echo "$fingerprint" > "$stamp"
 echo "[$stack] $venv is ready"
