@@ -54,4 +54,4 @@ bench-gpu: setup
 	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
 
 clean:
-	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/_na2d.so
+	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/backends/cpu/_na2d.so

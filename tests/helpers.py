@@ -18,8 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 GOLDEN = DATA / "golden"
 
-# The backends that run any call on any machine; the others have files of their own.
-EVERYWHERE = [name for name in BACKENDS if name not in ("natten", "triton")]
+# The backends that need no further package and so run on any machine; the others have files of their own.
+EVERYWHERE = [name for name, backend in BACKENDS.items() if not backend.requires]
+
+
+def taking(dtype: torch.dtype, *but: str) -> list[str]:
+    """Those of EVERYWHERE that run calls in `dtype`, and are not one of `but`."""
+    qkv = [torch.zeros(1, 3, 3, 1, 8, dtype=dtype)] * 3
+    return [name for name in EVERYWHERE if name not in but and not BACKENDS[name].unsupported(qkv, None, 3, 1, 1.0)]
+
 
 
 def load_golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -124,9 +131,9 @@ def sample(index):
     if index % 10 == 0:
         width += 40  # several vectors of lanes
     dim = rng.choice([1, 3, 8, 8, 12, 16, 20])
-    small = height * width > 1500
+    large = height * width > 1500
     return dict(
-        shape=(1 if small else rng.randint(1, 2), height, width, 1 if small else rng.randint(1, 3), dim),
+        shape=(1 if large else rng.randint(1, 2), height, width, 1 if large else rng.randint(1, 3), dim),
         kernel_size=kernel_size,
         dilation=dilation,
         rpb=rng.random() < 0.8,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How fast the op and the backbones are, and how much memory they need, beside the competition.
+"""How fast the op and the backbones are, and how much memory they need, beside the baselines.
 
     python tools/benchmark.py op|backbone|train-step|memory|growth|bf16|all [--quick] [--threads N] [--out FILE]
     python tools/benchmark.py gpu [--dry-run] [--out FILE]
@@ -24,7 +24,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # where benchmarks is
 if "--dry-run" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # which Triton reads when it is imported
 
@@ -33,7 +32,8 @@ import torchvision
 from benchmarks import backbones, baselines, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
-from dinat_backbones.ops import cpu
+from dinat_backbones.cli.common import atomic_write
+from dinat_backbones.ops import BACKENDS
 
 
 class Suite(NamedTuple):
@@ -60,7 +60,7 @@ def environment(threads: int) -> dict[str, str | int]:
         "torchvision": torchvision.__version__,
         "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernel": cpu.instruction_set(),
+        "kernel": BACKENDS["cpu"].instruction_set(),
         "threads": threads,
     }
 
@@ -117,9 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
         "curves": bench.curves,
         "rows": [{**asdict(row), "bar": str(row.bar or ""), "passed": row.passed} for row in rows],
     }
-    unfinished = options.out.with_name(f"{options.out.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(options.out)
+    with atomic_write(options.out) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
     bench.say(f"wrote {options.out}")
     bench.say(plot.draw(bench.curves, options.out.with_suffix(".png")))
     print("\n" + table(rows))

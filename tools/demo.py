@@ -4,8 +4,8 @@
     python tools/demo.py [mask-rcnn|cascade-mask-rcnn|upernet|mask2former|panoptic] [--restart]
 
 All but `panoptic`, which is Mask2Former in Detectron2, are models of OpenMMLab. The image,
-work_dirs/demo/MODEL.png, has annotations beside predictions. An interrupted run goes on from its last checkpoint, a
-finished one is only drawn anew. It is an error if the metric stays below what `DEMOS` demands.
+work_dirs/demo/MODEL.png, has annotations beside predictions. An interrupted run continues from its last checkpoint, a
+finished one is only drawn again. The exit status is 1 if the metric stays below the bar in `DEMOS`.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 from demo_frameworks import Detectron2, Framework, OpenMMLab, Segment
-from make_shapes import CLASSES, FORMAT, make_shapes, print_progress
 from pycocotools import mask as coco_mask
+
+from dinat_backbones.cli.common import atomic_write, print_progress
+from dinat_backbones.cli.shapes import CLASSES, FORMAT, make_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")
@@ -100,10 +102,10 @@ DEMOS = {
 
 
 def main() -> None:
-    """Do what is still to be done of: data, training, evaluation, image."""
+    """Make the data, train, evaluate and draw, skipping what is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", choices=DEMOS, default="mask-rcnn", help="default: %(default)s")
-    parser.add_argument("--restart", action="store_true", help="throw the last training away and start afresh")
+    parser.add_argument("--restart", action="store_true", help="delete the last training and start again")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # lets `_run` stop its command
     os.chdir(ROOT)
@@ -111,13 +113,13 @@ def main() -> None:
     demo, image = DEMOS[args.model], FOLDER / f"{args.model}.png"
     start = time.monotonic()
     try:
-        with _sole_run() as lock:
+        with _exclusive_run() as lock:
             training = FOLDER / args.model
             config = Path(demo.framework.config.format(model=args.model))
             metrics = _train_and_evaluate(demo, config, training, args.restart, lock)
             draw(demo.framework.predictions(config, training, demo.data, SHOWN_IMAGES), image, demo, metrics)
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command goes on from the last checkpoint")
+        sys.exit("\ninterrupted; the same command continues from the last checkpoint")
     print(f"\non {SHAPES['val']} unseen images:")
     for key, name in demo.metrics.items():
         print(f"{name:>10} {metrics[key]:6.3f}")
@@ -141,15 +143,15 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
     print(f"data: {counts} in {demo.data}{'' if written else ' (already there)'}")
 
     recipe = hashlib.sha256(repr((framework.settings(config), arguments, FORMAT)).encode()).hexdigest()
-    mark = training / RECIPE
-    if training.exists() and (restart or not mark.is_file() or mark.read_text() != recipe):
-        print("starting afresh" + ("" if restart else ": the recipe has changed since the last run"))
+    recipe_file = training / RECIPE
+    if training.exists() and (restart or not recipe_file.is_file() or recipe_file.read_text() != recipe):
+        print("starting again" + ("" if restart else ": the recipe has changed since the last run"))
         shutil.rmtree(training)
     training.mkdir(exist_ok=True)
-    mark.write_text(recipe)
+    recipe_file.write_text(recipe)
 
     if (training / METRICS).is_file():
-        print("training and evaluation are finished; only drawing again (--restart trains afresh)")
+        print("training and evaluation are finished; only drawing again (--restart trains again)")
     else:
         if not (training / TRAINED).is_file():
             resumed = framework.last_checkpoint(training)
@@ -158,20 +160,20 @@ def _train_and_evaluate(demo: Demo, config: Path, training: Path, restart: bool,
             (training / TRAINED).touch()
         print("evaluation")
         metrics = framework.evaluate(config, training, demo.data, lock)
-        partial = training / f"{METRICS}.partial"
-        partial.write_text(json.dumps(metrics))
-        partial.rename(training / METRICS)
+        with atomic_write(training / METRICS) as partial:
+            partial.write_text(json.dumps(metrics))
     return json.loads((training / METRICS).read_text())
 
 
 @contextlib.contextmanager
-def _sole_run() -> Iterator[int]:
-    """Hold a lock that started commands inherit, so that it also outlives a demo that is killed outright."""
+def _exclusive_run() -> Iterator[int]:
+    """Hold a lock that the started commands inherit, so that it is held as long as one of them runs, even if the demo
+    was killed."""
     with open(FOLDER / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"another demo, or the training it started, is still at work in {FOLDER}; wait for it or stop it")
+            sys.exit(f"another demo, or the training it started, is running in {FOLDER}; wait for it or stop it")
         yield lock.fileno()
 
 
@@ -209,10 +211,9 @@ def draw(predictions: list[list[Segment]], path: Path, demo: Demo, metrics: dict
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=13, frameon=False)
     values = ", ".join(f"{name} {metrics[key]:.{2 if metrics[key] <= 1 else 1}f}" for key, name in demo.metrics.items())
     figure.suptitle(f"{demo.title}, trained from scratch, on images it has not seen\n{values}", fontsize=15)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=100)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=100)
     plt.close(figure)
-    partial.rename(path)
 
 
 def _annotated(data: Path) -> list[tuple[Path, list[Segment]]]:

@@ -1,6 +1,5 @@
-"""What tools/demo.py asks of a framework: train a config, evaluate it, give the predictions that are drawn."""
+"""The frameworks of tools/demo.py: train a config, evaluate it, return the predictions to draw."""
 
-import importlib
 import json
 import os
 import pickle
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from make_shapes import CLASSES
 from PIL import Image
 from pycocotools import mask as coco_mask
-from train import load_config
 
-ROOT = Path(__file__).resolve().parents[1]
+from dinat_backbones.cli.common import load_config, stop
+from dinat_backbones.cli.shapes import CLASSES
+
 SHOWN_SCORE = 0.5
 
 
@@ -48,7 +47,7 @@ class Framework:
     layouts: ClassVar[Sequence[str]]
 
     def settings(self, config: Path) -> Any:
-        """All that the config says, its base files included; has the same `repr` as long as nothing changes."""
+        """The whole config, base files included; its `repr` changes if and only if a setting does."""
         raise NotImplementedError
 
     def train(self, config: Path, training: Path, data: Path, lock: int) -> None:
@@ -99,7 +98,7 @@ class OpenMMLab(Framework):
         if written.is_dir():  # label maps, where 0 is unlabelled
             maps = [np.asarray(Image.open(file)) for file in sorted(written.glob("*.png"))[:number]]
             return [[Segment(label, found == label + 1) for label in range(len(CLASSES))] for found in maps]
-        # written by our own command; a pickle of someone else's should not be opened like this
+        # written by our own test command; other pickles are not safe to read
         samples = sorted(pickle.loads(written.read_bytes()), key=lambda sample: sample["img_id"])
         return [_found(sample) for sample in samples[:number]]
 
@@ -131,11 +130,10 @@ class Detectron2(Framework):
     layouts = ("coco", "coco-panoptic", "cityscapes")
 
     def settings(self, config: Path) -> Any:
-        sys.path.insert(0, str(ROOT))
         try:
-            from dinat_backbones.adapters.mask2former import get_config
+            from dinat_backbones.adapters.detectron2.maskformer_compat import get_config
         except ModuleNotFoundError as error:
-            sys.exit(f"{sys.argv[0]}: {error}")
+            stop(str(error))
         return get_config(str(config)).dump()
 
     def train(self, config: Path, training: Path, data: Path, lock: int) -> None:
@@ -148,9 +146,9 @@ class Detectron2(Framework):
         return {f"{task}/{name}": value for task, values in results.items() for name, value in values.items()}
 
     def predictions(self, config: Path, training: Path, data: Path, number: int) -> list[list[Segment]]:
-        sys.path.insert(0, str(ROOT / "mask2former"))
-        predict = importlib.import_module("predict")
-        _, infer = predict.load_model(str(config), str(self.last_checkpoint(training)), "cpu", "panoptic")
+        from dinat_backbones.cli.predict_detectron2 import load_model
+
+        _, infer = load_model(str(config), str(self.last_checkpoint(training)), "cpu", "panoptic")
         found = []
         for file in sorted((data / "val").glob("*.jpg"))[:number]:
             segments, infos = infer(np.asarray(Image.open(file))[..., ::-1])["panoptic_seg"]
@@ -167,15 +165,15 @@ def _detectron2_progress(line: str) -> str | None:
 
 
 def _run(lock: int, progress: Any, *command: Any) -> None:
-    """Run a Python command and print what `progress` makes of its lines; frameworks keep the full log in a file."""
+    """Run a Python command and print the lines that `progress` returns; the frameworks log everything to a file."""
     words = [sys.executable, "-u", *map(str, command)]
     tail: deque[str] = deque(maxlen=30)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, pass_fds=[lock])
     try:
         for line in process.stdout:
             tail.append(line)
-            if words_of_it := progress(line):
-                print(f"  {' '.join(words_of_it.split())}", flush=True)
+            if summary := progress(line):
+                print(f"  {' '.join(summary.split())}", flush=True)
         status = process.wait()
     finally:
         if process.poll() is None:

@@ -14,7 +14,7 @@ case $stack in
 esac
 requirements=requirements/$stack.txt
 stamp=$venv/.ready
-fingerprint=$(cat "$requirements" "$0" setup.py pyproject.toml dinat_backbones/ops/csrc/* | cksum)
+fingerprint=$(cat "$requirements" "$0" setup.py pyproject.toml dinat_backbones/ops/backends/cpu/csrc/* | cksum)
 
 is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; }
 

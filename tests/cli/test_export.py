@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dinat_backbones
-from dinat_backbones.ops import exportable
+from dinat_backbones.ops import padding, symbolic
 from helpers import ROOT, draw, fill_by_name, run, sample
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -70,9 +70,10 @@ def test_fixed_size_through_the_tool(tmp_path, monkeypatch, capsys):
 
 def test_nothing_changes_without_export():
     query = torch.zeros(1, 9, 9, 1, 8)
-    assert exportable.exporting() is False
-    assert exportable.opened(5, 1) == 5 and exportable.padding(9, 12) == 3 and exportable.padding(12, 9) == 0
-    assert torch.equal(exportable.crop(query, 4, 5), query[:, :4, :5])
+    assert symbolic.exporting() is False
+    assert symbolic.new_size(5, 1) == 5
+    assert padding.positions_missing(9, 12) == 3 and padding.positions_missing(12, 9) == 0
+    assert torch.equal(padding.crop(query, 4, 5), query[:, :4, :5])
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dinat_backbones.cli.common import atomic_write
+
 
 def draw(curves: list[dict], path: Path) -> str:
     """Draw `Bench.curves` to a PNG file.
@@ -29,8 +31,7 @@ def draw(curves: list[dict], path: Path) -> str:
         drawn.legend()
         drawn.grid(alpha=0.3)
     figure.tight_layout()
-    unfinished = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(unfinished, dpi=120)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=120)
     pyplot.close(figure)
-    unfinished.replace(path)
     return f"wrote {path}"

@@ -1,0 +1,55 @@
+"""NAT, DiNAT and DiNAT_s for Detectron2: backbones, feature pyramids, `MODEL.DINAT` in configs, safe checkpoints.
+
+    import dinat_backbones.adapters.detectron2 as dinat         # registers the backbones
+    cfg = get_cfg()
+    dinat.add_dinat_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_dinat_fpn_backbone"        # or D2NAT, D2DiNAT, D2DiNAT_s without a pyramid
+
+    model.backbone = LazyCall(dinat.D2DiNAT)(arch="dinat_tiny", dilations="coco")   # in a LazyConfig
+
+Works with Detectron2 from source on a current torch as with the wheel that requirements/classic.txt names.
+
+    backbone.py             the backbones, pyramids and config keys
+    checkpointer.py         `Checkpointer`
+    maskformer_compat.py    Mask2Former: `get_config`, and what differs between its releases; needs Mask2Former
+    trainer.py              Mask2Former's optimizer, data mappers and evaluators; needs Mask2Former
+    resumable_loader.py     training data and random numbers as functions of the seed and the step
+    shapes_datasets.py      the data sets of `dinat shapes` under Detectron2's names
+"""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "dinat_backbones.adapters.detectron2 needs Detectron2: pip install --no-build-isolation "
+        "git+https://github.com/facebookresearch/detectron2.git (a wheel for Python 3.10 is sal-detectron2)",
+        name="detectron2",
+    ) from error
+
+from .backbone import (
+    D2NAT,
+    FURTHER_DEFAULTS,
+    PUBLISHED_DEFAULTS,
+    D2DiNAT,
+    D2DiNAT_s,
+    add_dinat_config,
+    build_dinat_fpn_backbone,
+    build_dinat_s_fpn_backbone,
+    build_nat_fpn_backbone,
+)
+from .checkpointer import Checkpointer
+
+__all__ = [
+    "FURTHER_DEFAULTS",
+    "PUBLISHED_DEFAULTS",
+    "Checkpointer",
+    "D2DiNAT",
+    "D2DiNAT_s",
+    "D2NAT",
+    "add_dinat_config",
+    "build_dinat_fpn_backbone",
+    "build_dinat_s_fpn_backbone",
+    "build_nat_fpn_backbone",
+]

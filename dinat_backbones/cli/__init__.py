@@ -1,0 +1,81 @@
+"""The commands: `dinat COMMAND ...`, `python -m dinat_backbones COMMAND ...`, and the scripts in tools/.
+
+One module per command, imported only when the command runs: its docstring is the manual, its `main(arguments)` the
+command. `common` holds what several commands share. The frameworks are imported by the commands that need them.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a detector, a segmentor or a classifier",
+    "test": "evaluate a checkpoint, or check that the data is complete",
+    "predict": "draw the predictions of a model on images",
+    "convert": "rewrite a checkpoint in the layout of another framework",
+    "export": "export a backbone or a segmentor to ONNX or torch.export",
+    "flops": "count parameters and MACs, beside the published figures",
+    "validate": "measure classifiers on ImageNet-1k",
+    "prepare": "make the label maps and annotations that Mask2Former reads",
+    "shapes": "make a small synthetic data set",
+    "info": "print versions, backends and GPUs, for a bug report",
+}
+# What to install where a package is missing, by the package.
+_OPENMMLAB = 'pip install "dinat_backbones[openmmlab]"'
+INSTALL = {
+    "mmengine": _OPENMMLAB,
+    "mmcv": _OPENMMLAB,
+    "mmdet": _OPENMMLAB,
+    "mmseg": _OPENMMLAB,
+    "pycocotools": _OPENMMLAB,
+    "PIL": "pip install pillow",
+    "torchvision": "pip install torchvision",
+    "cityscapesscripts": "pip install cityscapesscripts",
+    "safetensors": 'pip install "dinat_backbones[safetensors]"',
+    "onnx": 'pip install "dinat_backbones[export]"',
+    "onnxscript": 'pip install "dinat_backbones[export]"',
+    "onnxruntime": 'pip install "dinat_backbones[export]"',
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`dinat` with the given arguments, by default those of this process.
+
+    Raises:
+        SystemExit: as command lines do.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if words else sys.stderr)
+        sys.exit(0 if words else 2)
+    if words[0] == "--version":
+        from .. import __version__
+
+        print(f"dinat_backbones {__version__}")
+        return
+    if words[0] not in COMMANDS:
+        print(f"dinat: unknown command {words[0]!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [f"dinat {words[0]}", *words[1:]]  # what argparse and the frameworks' own scripts read
+    run(words[0])
+
+
+def run(command: str) -> None:
+    """Run one of `COMMANDS` with the arguments in `sys.argv`; a package that is missing is one sentence."""
+    try:
+        importlib.import_module(f"{__name__}.{command}").main()
+    except ModuleNotFoundError as error:
+        hint = INSTALL.get(error.name or "")
+        if "pip install" in str(error):  # an adapter has said it
+            sys.exit(f"{sys.argv[0]}: {error}")
+        if hint is None:
+            raise
+        sys.exit(f"{sys.argv[0]}: {error.name} is not installed: {hint}")
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
+    return (
+        f"usage: dinat COMMAND ...\n\nNAT, DiNAT and DiNAT_s: backbones, detectors, segmentors, classifiers.\n\n"
+        f"commands:\n{commands}\n\n`dinat COMMAND --help` lists the options of a command; `dinat --version`."
+    )

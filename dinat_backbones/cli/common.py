@@ -1,0 +1,90 @@
+"""What several commands share: messages, progress, files that are complete or absent, configs and where they are."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class UnreadableImageError(Exception):
+    """A file is not an image, or a damaged one."""
+
+
+def stop(message: str) -> NoReturn:
+    """End the process with status 1 and one sentence that begins with the command's name."""
+    sys.exit(f"{sys.argv[0]}: {message}")
+
+
+def print_progress(line: str) -> None:
+    """Print a line that ends in "DONE/TOTAL"; on a terminal it overwrites the line before, up to the last one."""
+    done, _, total = line.rpartition(" ")[2].partition("/")
+    if sys.stdout.isatty():
+        print(f"\r{line}", end="\n" if done == total else "", flush=True)
+    else:
+        print(line, flush=True)
+
+
+def parallel_map(
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    label: str,
+    workers: int,
+    progress: Callable[[str], None] = print_progress,
+) -> list[Any]:
+    """The results of `function` for each item in order, computed in `workers` processes, or in this one with 1.
+
+    `progress` is called about 20 times with a line "LABEL: DONE/TOTAL". An interruption cancels the remaining items.
+    """
+    items, results = list(items), []
+    chunk = max(1, min(32, len(items) // (4 * workers)))
+    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    try:
+        for result in pool.map(function, items, chunksize=chunk) if pool else map(function, items):
+            results.append(result)
+            if len(results) == len(items) or len(results) % max(1, len(items) // 20) == 0:
+                progress(f"{label}: {len(results)}/{len(items)}")
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return results
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, with the suffix of `path`; it replaces `path` when the block ends without an
+    error and is removed otherwise. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def config_folder() -> Path:
+    """The folder of this package's configs: that of the checkout, or that of the installed package."""
+    checkout = PACKAGE.parent / "configs"
+    return checkout if checkout.is_dir() else PACKAGE / ".mim" / "configs"
+
+
+def load_config(path: str, **keywords: Any) -> Any:
+    """mmengine's `Config.fromfile`.
+
+    Raises:
+        SystemExit: the file does not exist, or mmengine is not installed.
+    """
+    if not Path(path).is_file():
+        stop(f"config {path} is not there")
+    try:
+        from mmengine.config import Config
+    except ModuleNotFoundError as error:
+        if error.name != "mmengine":
+            raise
+        stop('mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
+    return Config.fromfile(path, **keywords)

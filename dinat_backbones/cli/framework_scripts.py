@@ -1,0 +1,67 @@
+"""Runs the train and test scripts that mmdet, mmseg and mmpretrain install, after checking what their tracebacks
+explain badly."""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .common import load_config, stop
+
+# Given the scope, the config (None if there is none) and the arguments; returns the arguments for the script.
+Prepare = Callable[[str, Any, list[str]], list[str]]
+
+
+def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str] | None = None) -> None:
+    """Run "train.py" or "test.py" of the framework that the config's `default_scope` names.
+
+    Args:
+        script: the script's file name.
+        prepare: adapts the arguments to the framework.
+        arguments: of the command line; None for those of this process.
+
+    Raises:
+        SystemExit: a file that does not exist, a framework that is not installed, and whatever the script ends with.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    config = None
+    for word in words:
+        if word.startswith("-") or "=" in word or "://" in word or not word.endswith((".py", ".pth", ".pt")):
+            continue
+        if not Path(word).is_file():
+            stop(f"{'config' if word.endswith('.py') else 'checkpoint'} {word} is not there")
+        config = config or (word if word.endswith(".py") else None)
+    cfg = load_config(config, import_custom_modules=False) if config else None
+    scope = cfg.get("default_scope", "mmdet") if cfg else "mmdet"  # without a config: prints mmdet's help
+    spec = find_spec(scope)
+    path = Path(spec.origin or "").parent / ".mim" / "tools" / script if spec else None
+    if path is None or not path.is_file():
+        stop(f'{scope} with its packaged tools is not installed: pip install "dinat_backbones[openmmlab]"')
+    sys.argv[1:] = _without_gpu(prepare(scope, cfg, words), cfg)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _without_gpu(words: list[str], cfg: Any) -> list[str]:
+    """Options for several processes without GPUs: mmengine's launchers assume a GPU per process."""
+    if cfg is None or not any(word.startswith("--launcher") for word in words):
+        return words
+    import torch
+
+    if torch.cuda.is_available():
+        return words
+    torch.cuda.set_device = lambda device: None
+    options = ["env_cfg.dist_cfg.backend=gloo"]
+    strategy = cfg.get("strategy") or {}
+    if strategy.get("type") == "FSDPStrategy":
+        options.append("strategy.model_wrapper.device_id=cpu")
+    elif not strategy and not cfg.get("model_wrapper_cfg"):
+        wrapper = dict(
+            type="MMDistributedDataParallel",
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get("find_unused_parameters", False),
+        )
+        options += [f"model_wrapper_cfg.{key}={value}" for key, value in wrapper.items()]
+    return [*words, "--cfg-options", *options]

@@ -1,0 +1,77 @@
+"""`dinat predict` for models of mmdet and mmseg."""
+
+from pathlib import Path
+from typing import Any
+
+from .common import UnreadableImageError, atomic_write, load_config
+from .predict import Predictor, count_labels
+
+
+def load_predictor(config: str, checkpoint: str, device: str | None = None, score: float = 0.3) -> Predictor:
+    """Build a config's model with the weights of a checkpoint.
+
+    Args:
+        config: a Python file.
+        checkpoint: file or http(s) address.
+        device: where to run; None for a GPU if there is one, else the CPU.
+        score: instances below it are not drawn.
+
+    Raises:
+        SystemExit: the config does not exist, or mmengine is not installed.
+        FileNotFoundError, ValueError: the checkpoint does not exist or does not fit the model.
+    """
+    cfg = load_config(config)
+    import mmcv
+    import torch
+    from mmcv.transforms import Compose
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+
+    from ..checkpoint import load_model
+
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    load_model(model, checkpoint)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    dataset = cfg.test_dataloader.dataset
+    steps = [step for step in dataset.pipeline if not step.type.rpartition(".")[2].startswith("Load")]
+    pipeline = Compose(steps)
+    visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None, save_dir=None))
+    metainfo = DATASETS.build(dict(dataset, lazy_init=True, pipeline=[])).metainfo
+    visualizer.dataset_meta = {"palette": "random"} | {key: value for key, value in metainfo.items() if value}
+
+    def predict(path: Path, target: Path) -> str:
+        try:
+            image = mmcv.imread(str(path))
+        except OSError as error:
+            raise UnreadableImageError(error) from error
+        if image is None:
+            raise UnreadableImageError("not an image, or damaged")
+        size = image.shape[:2]
+        data = pipeline(dict(img=image, img_path=str(path), img_id=0, img_shape=size, ori_shape=size))
+        with torch.no_grad():
+            (result,) = model.test_step({key: [value] for key, value in data.items()})
+        threshold = {"pred_score_thr": score} if "pred_instances" in result else {}
+        with atomic_write(target) as partial:
+            visualizer.add_datasample(
+                path.name, image[..., ::-1], result, draw_gt=False, out_file=str(partial), **threshold
+            )
+        return describe(result, metainfo["classes"], score)
+
+    return predict
+
+
+def describe(result: Any, classes: Any, score: float) -> str:
+    """Summary of a data sample: the number of instances per class, and the classes of panoptic and semantic maps."""
+    parts = []
+    names = [name.strip() for name in classes]  # ADE20K has "bed "
+    if "pred_instances" in result:
+        labels = result.pred_instances.labels[result.pred_instances.scores > score].tolist()
+        parts.append(count_labels(labels, names) or "no instance")
+    for field in ("pred_panoptic_seg", "pred_sem_seg"):
+        if field in result:
+            (values,) = (tensor.unique().tolist() for tensor in getattr(result, field).values())
+            # a panoptic id is the class plus 1000 times the number of the instance; ids beyond the classes are void
+            labels = sorted({value % 1000 if field == "pred_panoptic_seg" else value for value in values})
+            parts.append(", ".join(names[label] for label in labels if label < len(names)) or "nothing")
+    return "; ".join(parts)

@@ -1,0 +1,176 @@
+// The backward pass of one item.
+#pragma once
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "tile.h"
+
+namespace na2d {
+namespace {
+
+// An item owns its queries (grad_query, grad_rpb) and the keys at the same places (grad_key, grad_value). It recomputes
+// the weights of every query that attends to those keys, so that no two items write to one place.
+template <class T>
+struct Backward {
+  Tile<T> tile;
+  const Na2dProblem& p;
+  const Item& item;
+  const int64_t dims, ld, own_columns, own_row, own_from, own_to;  // own_from, own_to: vectors of the owned queries
+  const PixelRows<T> keys, queries, grad_out;
+  float *values, *grad_out_planes;                   // planes, like the tile's keys and queries
+  float *logits, *inverse, *grad_logits, *table;
+  float *grad_queries, *grad_keys, *grad_values;     // pixels
+  int64_t flushed;
+  Gather sums;
+
+  static int64_t query_begin(const Na2dProblem& p, const Columns& columns, const Item& item) {
+    int64_t begin = item.column_begin;
+    for (int64_t x = item.column_begin; x < item.column_end; ++x)
+      begin = std::min(begin, x - columns.key_high[x] * p.dilation);
+    return begin / L * L;
+  }
+  static int64_t query_end(const Na2dProblem& p, const Columns& columns, const Item& item) {
+    int64_t end = item.column_end;
+    for (int64_t x = item.column_begin; x < item.column_end; ++x)
+      end = std::max(end, x - columns.key_low[x] * p.dilation + 1);
+    return end;
+  }
+
+  static int64_t floats(const Na2dProblem& p, int64_t columns) {
+    const int64_t K = p.kernel, span = 2 * K - 1, ring = kRows + K - 1;
+    const int64_t queries = std::min(p.width, columns + 2 * (K - 1) * p.dilation + L);
+    const int64_t keys = Tile<T>::key_columns(p, queries), planes = round_up(p.dim, kDimPad), dims = round_up(p.dim, L);
+    const int64_t ld = leading(queries + 3 * L);
+    return Tile<T>::floats(p, queries) + ring * (planes * leading(keys + 3 * L) + dims * keys) +
+           kRows * (planes * ld + 2 * dims * queries) + kRows * (2 * K * span + 1) * ld + (kRows + 2 * ring) * dims * columns +
+           span * span * L;
+  }
+
+  Backward(const Na2dProblem& p, const Columns& columns, const Item& item, float*& scratch)
+      : tile(p, columns, item, query_begin(p, columns, item), query_end(p, columns, item), scratch), p(p), item(item),
+        dims(tile.vector_dims), ld(tile.query_ld), own_columns(item.column_end - item.column_begin), own_row(own_columns * dims),
+        own_from((item.column_begin - tile.begin) / L), own_to(own_from + (own_columns + L - 1) / L),
+        keys(p, p.key, item, tile.key_begin, tile.key_end, tile.ring, scratch),
+        queries(p, p.query, item, tile.begin, tile.end, kRows, scratch),
+        grad_out(p, p.grad_out, item, tile.begin, tile.end, kRows, scratch), flushed(item.row_begin) {
+    values = tile.allocate_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
+    grad_out_planes = tile.allocate_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
+    logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
+    grad_logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
+    inverse = tile.allocate(scratch, kRows * ld);
+    grad_queries = tile.allocate(scratch, kRows * own_row);
+    grad_keys = tile.allocate(scratch, tile.ring * own_row);
+    grad_values = tile.allocate(scratch, tile.ring * own_row);
+    std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
+    table = tile.allocate(scratch, tile.span * tile.span * L);
+    std::fill(table, table + tile.span * tile.span * L, 0.f);
+  }
+
+  // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
+  void softmax_gradient() {
+    for (int64_t v = 0; v < tile.vectors; ++v) {
+      const Range& reach = tile.ranges[v];
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const Vec inverted = load(inverse + r * ld + v * L);
+        const bool owned = owns(tile.row + r) && v >= own_from && v < own_to;
+        const int64_t top = tile.start(tile.row + r) - (tile.row + r) + tile.K - 1;
+        Vec mean{};
+        for (int64_t i = 0; i < tile.K; ++i) {
+          int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld) {
+            const Vec weight = load(logits + at) * inverted;
+            store(logits + at, weight);
+            mean += select(weight > Vec{}, weight * load(grad_logits + at), Vec{});
+          }
+        }
+        for (int64_t i = 0; i < tile.K; ++i) {
+          int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
+          float* cell = table + ((top + i) * tile.span + reach.low + tile.K - 1) * L;
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld, cell += L) {
+            const Vec weight = load(logits + at);
+            const Vec gradient = select(weight == Vec{}, Vec{}, weight * (load(grad_logits + at) - mean));
+            store(grad_logits + at, gradient);
+            if (owned) store(cell, load(cell) + gradient);
+          }
+        }
+      }
+    }
+  }
+
+  bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
+
+  // target[key row][column][dim] += sum over the queries of the tile that attend to the key of weight * source: the transpose
+  // of Tile::combine.
+  void scatter(const float* weights, const PixelRows<T>& source, float* target) {
+    const int64_t x = item.column_begin - tile.begin;
+    sums.dims = dims;
+    sums.column_step = source.column_step, sums.pixel_step = -p.dilation * source.column_step, sums.weight_step = ld - p.dilation;
+    const int64_t stop = std::min(tile.stop(), item.row_end);
+    for (int64_t k = std::max(tile.start(tile.row), item.row_begin); k < stop; k += kRows) {
+      sums.rows = int(std::min<int64_t>(kRows, stop - k));
+      sums.sources.clear();
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const int64_t top = tile.start(tile.row + r), first = std::max(top - k, int64_t(0));
+        const int64_t count = std::min<int64_t>(sums.rows, top + tile.K - k) - first;
+        if (count <= 0) continue;
+        Source row{source.at(r, tile.map_row(tile.row + r), item.column_begin), {}, int(first), int(count)};
+        for (int64_t a = 0; a < count; ++a) row.weights[a] = weights + tile.logit_index(r, k + first + a - top, 0, ld) + x;
+        sums.sources.push_back(row);
+      }
+      for (int64_t a = 0; a < sums.rows; ++a) sums.targets[a] = target + tile.slot(k + a) * own_row;
+      const int64_t at = item.column_begin;
+      gather(sums, 0, own_columns, tile.columns.key_low + at, tile.columns.key_high + at, true);
+    }
+  }
+
+  void store_gradient(const Na2dView& view, int64_t position, float factor, float* pixels) const {
+    store_row<T>(view, p, item.batch, tile.map_row(position), item.head, item.column_begin, item.column_end, factor, nullptr, pixels,
+              dims);
+  }
+
+  // Stores the gradients of the key rows below `stop`: no later tile adds to them.
+  void flush(int64_t stop) {
+    for (; flushed < std::min(stop, item.row_end); ++flushed)
+      for (const auto& [view, factor, rows] : {std::tuple(&p.grad_key, p.scale, grad_keys), std::tuple(&p.grad_value, 1.f, grad_values)}) {
+        float* const pixels = rows + tile.slot(flushed) * own_row;
+        store_gradient(*view, flushed, factor, pixels);
+        std::fill(pixels, pixels + own_row, 0.f);
+      }
+  }
+
+  void run(float* grad_rpb) {
+    const int64_t first = first_query(item.row_begin, tile.K), stop = last_query(item.row_end - 1, tile.length, tile.K) + 1;
+    for (int64_t row = first; row < stop; row += tile.rows) {
+      tile.advance(row, stop, [&](int64_t k) {
+        tile.pack_keys(p.value, k, values);
+        keys.fetch(tile.slot(k), tile.map_row(k));
+      });
+      tile.pack_queries(p.grad_out, 1, grad_out_planes);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        queries.fetch(r, tile.map_row(row + r));
+        grad_out.fetch(r, tile.map_row(row + r));
+      }
+      tile.product(tile.queries, tile.keys, logits, ld, 0, tile.vectors);
+      tile.softmax(logits, inverse, ld, 0, tile.vectors);
+      tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);
+      softmax_gradient();
+      if (row < item.row_end && row + tile.rows > item.row_begin) {
+        tile.combine(sums, grad_logits, ld, 0, keys, grad_queries, own_row, own_from, own_to);
+        for (int64_t r = 0; r < tile.rows; ++r)
+          if (owns(row + r)) store_gradient(p.grad_query, row + r, p.scale, grad_queries + r * own_row);
+      }
+      scatter(logits, grad_out, grad_values);
+      scatter(grad_logits, queries, grad_keys);
+      flush(row + tile.rows < stop ? tile.start(row + tile.rows) : item.row_end);
+    }
+    for (int64_t t = 0; t < tile.span * tile.span; ++t) {
+      float sum = 0;
+      for (int lane = 0; lane < L; ++lane) sum += table[t * L + lane];
+      grad_rpb[t] += sum;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace na2d

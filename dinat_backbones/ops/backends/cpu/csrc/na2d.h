@@ -1,0 +1,92 @@
+// Neighborhood attention on the CPU: the problem as the caller states it, and the per-instruction-set entry points.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#if defined(_WIN32)
+#define NA2D_EXPORT __declspec(dllexport)
+#else
+#define NA2D_EXPORT __attribute__((visibility("default")))  // the rest of the library is hidden
+#endif
+
+// Changes with Na2dProblem and with the functions below; cpu/library.py expects the same number.
+#define NA2D_INTERFACE 2
+
+extern "C" {
+
+// One [batch, height, width, heads, dim] array; strides count elements. Null data means absent.
+struct Na2dView {
+  void* data;
+  int64_t stride[5];
+};
+
+// Runs body(context) on `threads` threads at once and returns when all are done: the signature of GOMP_parallel, so that
+// the caller can hand in the OpenMP runtime torch already uses.
+typedef void (*Na2dParallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+
+struct Na2dProblem {
+  int64_t batch, height, width, heads, dim;
+  int32_t kernel, dilation;  // kernel is odd; height, width >= kernel * dilation
+  int32_t bf16;              // element type of all views: 0 float32, 1 bfloat16
+  int32_t threads;
+  float scale;
+  const float* rpb;  // contiguous [heads, 2 * kernel - 1, 2 * kernel - 1] or null
+  Na2dView query, key, value, out;
+  Na2dView grad_out, grad_query, grad_key, grad_value;  // used by the backward pass only
+  float* grad_rpb;                                      // like rpb, or null
+  Na2dParallel parallel;                                // null: std::thread
+};
+
+// What the caller compares with its own idea of this file before it calls anything else.
+NA2D_EXPORT int na2d_interface();         // NA2D_INTERFACE
+NA2D_EXPORT int64_t na2d_problem_size();  // sizeof(Na2dProblem)
+// 0 on success, 1 when memory ran out.
+NA2D_EXPORT int na2d_forward(const Na2dProblem* problem);
+NA2D_EXPORT int na2d_backward(const Na2dProblem* problem);
+// "avx512", "avx2" or "baseline": what calls run with, the best of the machine unless said otherwise.
+NA2D_EXPORT const char* na2d_instruction_set();
+// From now on run with that one (for tests). 0 on success, 1 where this machine or build does not have it.
+NA2D_EXPORT int na2d_use_instruction_set(const char* name);
+}
+
+namespace na2d {
+
+// A share of the work: queries (and, going backward, keys) at class positions [row_begin, row_end) of one row residue
+// and columns [column_begin, column_end) of one head of one image.
+struct Item {
+  int64_t batch, head, residue, row_begin, row_end, column_begin, column_end;
+};
+
+// What every item of one call needs to know about the columns; arrays of `width` and some more, see Geometry in na2d.cpp.
+struct Columns {
+  const int32_t* first;     // window start minus query position, -(K-1)..0
+  const int32_t* last;      // first + K - 1
+  const int32_t* key_low;   // smallest and largest (key - query position) over the queries that attend to a key
+  const int32_t* key_high;
+};
+
+inline int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
+  return (length - residue + dilation - 1) / dilation;
+}
+inline int64_t window_start(int64_t position, int64_t length, int64_t kernel) {
+  int64_t start = position - kernel / 2;
+  if (start > length - kernel) start = length - kernel;
+  return start < 0 ? 0 : start;
+}
+// First and last query whose window holds the key at `position`.
+inline int64_t first_query(int64_t position, int64_t kernel) { return position < kernel ? 0 : position - kernel / 2; }
+inline int64_t last_query(int64_t position, int64_t length, int64_t kernel) {
+  return position >= length - kernel ? length - 1 : position + kernel / 2;
+}
+
+// The kernels, compiled once per instruction set from kernel.cpp.
+struct Kernels {
+  void (*forward)(const Na2dProblem&, const Columns&, const Item&, float* scratch);
+  void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);  // adds to grad_rpb
+  int64_t (*forward_floats)(const Na2dProblem&, int64_t columns);  // scratch for an item of that many columns
+  int64_t (*backward_floats)(const Na2dProblem&, int64_t columns);
+  const char* name;
+};
+extern const Kernels baseline, avx2, avx512;
+
+}  // namespace na2d

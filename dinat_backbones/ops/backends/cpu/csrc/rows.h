@@ -1,0 +1,123 @@
+// Moving map rows between the caller's arrays and scratch, where they lie transposed: [dim][column].
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "na2d.h"
+#include "vector.h"
+
+namespace na2d {
+namespace {
+
+template <int Step>
+inline void transpose_step(Vec* rows) {
+  NA2D_UNROLL(16)
+  for (int i = 0; i < L; ++i)
+    if (!(i & Step)) {
+      const Vec a = rows[i], b = rows[i + Step];
+      rows[i] = interleave<Step, false>(a, b);
+      rows[i + Step] = interleave<Step, true>(a, b);
+    }
+}
+
+inline void transpose(Vec* rows) {  // an L x L block in place
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (L >= 8) transpose_step<4>(rows);
+  if constexpr (L >= 16) transpose_step<8>(rows);
+}
+
+typedef uint16_t Half;  // a bfloat16's bits
+
+inline float widen(float x) { return x; }
+inline float widen(Half x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline Vec load_as_float(const float* p) { return load(p); }
+inline Vec load_as_float(const Half* p) { return as_float(load_widened(p) << 16); }
+inline void narrow(float x, float* out) { *out = x; }
+inline void narrow(float x, Half* out) {  // round to nearest even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  *out = x != x ? Half(0x7fc0) : Half((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void store_narrow(float* out, Vec x) { store(out, x); }
+inline void store_narrow(Half* out, Vec x) {
+  const UintVec bits = as_uint(x), rounded = (bits + splat(0x7fffu) + ((bits >> 16) & splat(1u))) >> 16;
+  store_narrowed(out, as_uint(select(x == x, as_float(rounded), as_float(splat(0x7fc0u)))));
+}
+
+// Row `y` of one head: columns [begin, end) times `factor` to out[dim][column - begin], dims padded with zeros.
+template <class T>
+void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+          float factor, float* out, int64_t ld) {
+  const T* base = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3];
+  const int64_t dx = view.stride[2], dd = view.stride[4], dims = round_up(p.dim, kDimPad);
+  for (int64_t x = begin; x < end; x += L) {
+    const int64_t nx = std::min<int64_t>(L, end - x);
+    // Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
+    for (int64_t i = 0; i < L; ++i)
+      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) prefetch(base + (x + kPrefetch + i) * dx + d);
+    for (int64_t d = 0; d < dims; d += L) {
+      const int64_t nd = std::min<int64_t>(L, p.dim - d);
+      const T* source = base + x * dx + d * dd;
+      Vec block[L];
+      if (nx == L && nd == L && dd == 1) {
+        NA2D_UNROLL(16)
+        for (int i = 0; i < L; ++i) block[i] = load_as_float(source + i * dx) * splat(factor);
+      } else {
+        float part[L * L] = {};
+        for (int64_t i = 0; i < nx; ++i)
+          for (int64_t j = 0; j < nd; ++j) part[i * L + j] = widen(source[i * dx + j * dd]) * factor;
+        NA2D_UNROLL(16)
+        for (int i = 0; i < L; ++i) block[i] = load(part + i * L);
+      }
+      float* target = out + d * ld + (x - begin);  // may touch the right pad, with zeros
+      transpose(block);
+      if (dims - d >= L) {
+        NA2D_UNROLL(16)
+        for (int i = 0; i < L; ++i) store(target + i * ld, block[i]);
+      } else {
+        NA2D_UNROLL(8)
+        for (int i = 0; i < (L < kDimPad ? L : kDimPad); ++i) store(target + i * ld, block[i]);
+      }
+    }
+  }
+}
+
+// Row `y` of one head: columns [begin, end) to out[column - begin][dim], dims padded with zeros to `dims`.
+template <class T>
+void load_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end, float* out,
+          int64_t dims) {
+  const T* pixel = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
+                   begin * view.stride[2];
+  const int64_t dd = view.stride[4];
+  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
+    int64_t d = 0;
+    if (dd == 1)
+      for (; d + L <= p.dim; d += L) store(out + d, load_as_float(pixel + d));
+    for (; d < p.dim; ++d) out[d] = widen(pixel[d * dd]);
+    for (; d < dims; ++d) out[d] = 0;
+  }
+}
+
+// The way back: in[column - begin][dim], times factor or (where given) times factors[column - begin].
+template <class T>
+void store_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+            float factor, const float* factors, const float* in, int64_t dims) {
+  T* pixel = static_cast<T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] + begin * view.stride[2];
+  const int64_t dd = view.stride[4];
+  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], in += dims) {
+    const float scale = factors ? factors[x - begin] : factor;
+    int64_t d = 0;
+    if (dd == 1)
+      for (; d + L <= p.dim; d += L) store_narrow(pixel + d, load(in + d) * splat(scale));
+    for (; d < p.dim; ++d) narrow(in[d] * scale, pixel + d * dd);
+  }
+}
+
+}  // namespace
+}  // namespace na2d

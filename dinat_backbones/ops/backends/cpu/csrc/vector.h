@@ -1,0 +1,53 @@
+// Vectors of NA2D_LANES floats, and the sizes that follow from the registers.
+#pragma once
+#include <cstdint>
+
+#include "compiler.h"
+
+namespace na2d {
+namespace {
+
+constexpr int L = NA2D_LANES;
+constexpr int kRows = 3;                        // query rows per tile
+constexpr int kDeltas = L == 16 ? 7 : 4;        // kRows * kDeltas sums must fit the registers
+constexpr int kVecs = L == 16 ? 2 : 4;          // vectors of dims, kPixels * kRows of them in registers at a time
+constexpr int kPixels = L == 16 ? 2 : 1;
+constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
+constexpr int kGroup = 4;                       // vectors of queries that are taken through all steps together
+constexpr int kPrefetch = 32;                   // columns ahead
+constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
+
+}  // namespace
+}  // namespace na2d
+
+#if defined(__GNUC__) && !defined(NA2D_PORTABLE_VECTORS)
+#include "vector_extension.h"
+#else
+#include "vector_portable.h"
+#endif
+
+namespace na2d {
+namespace {
+
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+// Leading dimension of a transposed row: whole vectors, an odd number, so that dims don't share cache sets.
+inline int64_t leading(int64_t columns) { return (round_up(columns, L) / L | 1) * L; }
+
+// exp for x <= 0, to 2e-7 of its value near 0 and 1.3e-6 far below; 0 below -87 and for -inf, NaN for NaN.
+inline Vec exp_of_negative(Vec x) {
+  const Vec log2e = splat(1.44269504f);
+  const Vec shifter = splat(12582912.f + 127);  // 1.5 * 2^23: adding it rounds to an integer; 127: an exponent's bias
+  const Vec shifted = x * log2e + shifter;
+  const Vec f = x * log2e - (shifted - shifter);
+  Vec p = splat(1.53533621e-4f);  // 2^f on [-1/2, 1/2], fitted for the least largest relative error, 2e-9
+  p = p * f + splat(1.33988739e-3f);
+  p = p * f + splat(9.61843692e-3f);
+  p = p * f + splat(5.55033237e-2f);
+  p = p * f + splat(.240226477f);
+  p = p * f + splat(.693147182f);
+  p = p * f + splat(1.f);
+  return select(x < splat(-87.f), Vec{}, p * as_float(as_int(shifted) << 23));
+}
+
+}  // namespace
+}  // namespace na2d
