@@ -41,7 +41,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         return torch.empty(0, dtype=torch.long, device=boxes.device)
     threshold = np.float32(iou_threshold)  # compiled mmcv compares in single precision
     if offset == 0:
-        return torchvision_ops().nms(*supported(boxes, scores), float(threshold))
+        # equal scores stand in the order that mmcv's sort gives them: torchvision gets the boxes sorted
+        order = scores.sort(0, descending=True)[1]
+        ranks = torch.arange(len(order), 0, -1, dtype=torch.double, device=boxes.device)
+        boxes = supported(boxes)[0][order]
+        return order[torchvision_ops().nms(boxes, ranks.to(boxes.dtype), float(threshold))]
     kept = [best for best, _ in _suppress(boxes, scores, lambda iou: iou > threshold, offset)]
     return torch.tensor(kept, dtype=torch.long, device=boxes.device)
 
@@ -113,7 +117,7 @@ def softnms(
     # mmcv's algorithm works in place: the order in which it leaves the boxes decides between equal scores
     left, score = np.arange(len(corners)), scores.detach().cpu().numpy().copy()
     while len(left):
-        position = int(score.argmax())
+        position = 0 if np.isnan(score[0]) else int(np.nanargmax(score))  # as comparing one after the other does it
         best = int(left[position])
         rows[len(kept)] = (*corners[best], score[position])
         kept.append(best)

@@ -1,5 +1,7 @@
 """Deformable convolution and attention with the arguments of mmcv's compiled functions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,29 @@ def _complete(
     mask = input.new_zeros(len(input), 1) if mask is None else mask
     bias = input.new_zeros(len(weight)) if bias is None else bias
     return supported(input, weight, offset, mask, bias)
+
+
+def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients by input, weight, offset, mask and bias.
+
+    Where a sample lies one pixel outside, as with offsets of 0 and padding, the interpolated value has a kink: mmcv's
+    derivative by the offset is 0 there, torchvision's is the one towards the inside.
+    """
+    grads = torchvision_ops()._deform_conv2d_backward(*supported(grad_output), *tensors, *geometry)
+    offset, by_offset = tensors[2], grads[2]
+    n, _, *size = offset.shape
+    kernel = tensors[1].shape[2:]
+    position = offset.view(n, -1, *kernel, 2, *size)
+    for axis in (0, 1):
+        stride, padding, dilation = geometry[axis:6:2]
+        start = torch.arange(size[axis], device=offset.device) * stride - padding
+        start = start.view(-1, 1) if axis == 0 else start
+        window = (
+            torch.arange(kernel[axis], device=offset.device).view((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) * dilation
+        )
+        outside = position[:, :, :, :, axis] + (start + window) == -1
+        by_offset.view(position.shape)[:, :, :, :, axis].masked_fill_(outside, 0)
+    return grads
 
 
 def deform_conv_forward(
@@ -71,8 +96,8 @@ def deform_conv_backward_input(
 ) -> None:
     """Adds the gradients of version 1 to `gradInput` and `gradOffset`."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
-    tensors = supported(gradOutput) + _complete(input, weight, offset, None, None)
-    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    tensors = _complete(input, weight, offset, None, None)
+    grads = _gradients(gradOutput, tensors, geometry)
     gradInput.add_(grads[0])
     gradOffset.add_(grads[2])
 
@@ -99,8 +124,8 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Adds `scale` times the gradient of version 1 to `gradWeight`."""
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
-    tensors = supported(gradOutput) + _complete(input, torch.zeros_like(gradWeight), offset, None, None)
-    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    tensors = _complete(input, torch.zeros_like(gradWeight), offset, None, None)
+    grads = _gradients(gradOutput, tensors, geometry)
     gradWeight.add_(grads[1], alpha=scale)
 
 
@@ -159,8 +184,8 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Adds the gradients of version 2 to the `grad_*` tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
-    tensors = supported(grad_output) + _complete(input, weight, offset, mask, bias if with_bias else None)
-    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
+    grads = _gradients(grad_output, tensors, geometry)
     for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
         target.add_(grad)
     if with_bias:

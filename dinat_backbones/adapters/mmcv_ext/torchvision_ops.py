@@ -12,7 +12,7 @@ def torchvision_ops() -> Any:
     try:
         import torchvision.ops  # noqa: F401  # registers the operators
     except ModuleNotFoundError as error:
-        if error.name != "torchvision":
+        if (error.name or "").split(".")[0] != "torchvision":
             raise
         raise ModuleNotFoundError(
             "mmcv was installed without compiled operators, and dinat_backbones computes this one with torchvision: "
