@@ -121,7 +121,7 @@ class Mlp(nn.Module):
 
 def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
     """Whether an MLP with `hidden` channels on ``[..., C]`` is worth computing in pieces."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if torch.is_grad_enabled() or x.device.type != "cpu" or traced:
         return False
     return x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
@@ -142,7 +142,7 @@ def runs_unobserved(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (n
 def in_pieces(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
     """``mlp(x)`` of ``[..., C]``, computed for some pixels at a time."""
     pixels = max(1, PIECE_BYTES // (hidden * x.element_size()))
-    pieces = x.flatten(0, -2).split(pixels)  # type: ignore[no-untyped-call]
+    pieces = x.flatten(0, -2).split(pixels)
     return torch.cat([mlp(piece) for piece in pieces]).view(x.shape)
 
 

@@ -83,8 +83,8 @@ def _model_zoo() -> str:
             ("name", "checkpoint"),
             ((name, f"[pth]({url})") for name, url in zoo.PRETRAINED.items() if name not in zoo.CLASSIFICATION),
         ),
-        "## Dilation settings\n\nOf `dilations=...` beside `arch=...`, for each of the four stages. A deeper stage repeats "
-        "them; a shallower one\ntakes their end.\n",
+        "## Dilation settings\n\nOf `dilations=...` beside `arch=...`, for each of the four stages. A deeper stage "
+        "repeats them; a shallower one\ntakes their end.\n",
         _table(
             ("name", "for", "kernel", "stage 1", "stage 2", "stage 3", "stage 4", "families"),
             ((f"`{s.name}`", s.task, s.kernel_size, *(", ".join(map(str, stage)) for stage in s.stages),
