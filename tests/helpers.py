@@ -28,7 +28,6 @@ def taking(dtype: torch.dtype, *but: str) -> list[str]:
     return [name for name in EVERYWHERE if name not in but and not BACKENDS[name].unsupported(qkv, None, 3, 1, 1.0)]
 
 
-
 def load_golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
     """A golden file's `meta` and arrays (outputs and gradients of the original code with natten 0.14.6)."""
     with np.load(GOLDEN / f"{name}.npz") as file:
