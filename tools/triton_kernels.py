@@ -7,8 +7,8 @@
 `compile` needs no GPU: it compiles the kernels for an architecture and prints registers and spilled bytes per thread,
 shared memory per program, instructions in the inner loop per logit, and how many programs fit on one multiprocessor.
 `tune` tries the candidates on the GPU at hand, each checked against the present choice before it is timed, and prints
-the line to paste into `TUNED` of dinat_backbones/ops/backends/triton_backend.py. With TRITON_INTERPRET=1 and --quick it shows on a CPU
-that it runs; the figures then mean nothing.
+the line to paste into `TUNED` of dinat_backbones/ops/backends/triton_backend.py. With TRITON_INTERPRET=1 and --quick
+the tests run it on a CPU, where the figures mean nothing.
 """
 
 import argparse
