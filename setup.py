@@ -7,10 +7,12 @@ Python headers, so one build serves every torch and Python version. Without a co
 import glob
 import platform
 import shutil
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -57,15 +59,29 @@ class BuildKernel(build_ext):
         return fullname.replace(".", "/") + ".so"  # a plain library: no Python ABI in its name
 
 
+def write_startup_file(folder):
+    """Python reads it in site-packages at start-up, so that mmcv finds its operators whatever is imported first."""
+    Path(folder, "dinat_mmcv_finder.pth").write_text("import dinat_mmcv_finder\n")
+
+
 class BuildWithConfigs(build_py):
     """Adds configs/ and their index, in the place where mim and mmengine look for them in an installed package."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
+            write_startup_file(self.build_lib)
             mim = f"{self.build_lib}/dinat_backbones/.mim"
             shutil.copytree("configs", f"{mim}/configs", dirs_exist_ok=True)
             shutil.copy("model-index.yml", mim)
+
+
+class EditableWheel(editable_wheel):
+    """Adds the start-up file to an editable installation."""
+
+    def _run_build_commands(self, dist_name, unpacked_wheel, build_lib, tmp_dir):
+        write_startup_file(unpacked_wheel)
+        return super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
 
 
 class PlatformWheel(bdist_wheel):
@@ -77,6 +93,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=find_packages(include=["dinat_backbones", "dinat_backbones.*"]),
+    py_modules=["dinat_mmcv_finder"],
     ext_modules=[
         Extension(
             "dinat_backbones.ops._na2d",
@@ -85,5 +102,10 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_py": BuildWithConfigs, "build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_py": BuildWithConfigs,
+        "build_ext": BuildKernel,
+        "bdist_wheel": PlatformWheel,
+        "editable_wheel": EditableWheel,
+    },
 )

@@ -27,7 +27,10 @@ except ModuleNotFoundError as error:
 from .. import backbone, zoo
 from ..checkpoint import load_backbone
 from ..layers import Block
+from . import mmcv_ext
 from .seeding import seed_everything
+
+mmcv_ext.install()
 
 
 class CheckpointInitMixin:

@@ -1,0 +1,206 @@
+"""Deformable convolution and attention with the arguments of mmcv's compiled functions."""
+
+import torch
+from torch import Tensor
+
+from .torchvision_ops import gradients, supported, torchvision_ops
+
+OPERATORS = (
+    "deform_conv_forward",
+    "deform_conv_backward_input",
+    "deform_conv_backward_parameters",
+    "modulated_deform_conv_forward",
+    "modulated_deform_conv_backward",
+    "ms_deform_attn_forward",
+    "ms_deform_attn_backward",
+)
+
+
+def _complete(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors as torchvision takes them: with a mask and a bias, whether they are used or not."""
+    mask = input.new_zeros(len(input), 1) if mask is None else mask
+    bias = input.new_zeros(len(weight)) if bias is None else bias
+    return supported(input, weight, offset, mask, bias)
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Deformable convolution without mask (version 1) into `output`; `columns` and `ones` are not needed here."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
+    output.copy_(torchvision_ops().deform_conv2d(*_complete(input, weight, offset, None, None), *geometry))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Adds the gradients of version 1 to `gradInput` and `gradOffset`."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
+    tensors = supported(gradOutput) + _complete(input, weight, offset, None, None)
+    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    gradInput.add_(grads[0])
+    gradOffset.add_(grads[2])
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Adds `scale` times the gradient of version 1 to `gradWeight`."""
+    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
+    tensors = supported(gradOutput) + _complete(input, torch.zeros_like(gradWeight), offset, None, None)
+    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    gradWeight.add_(grads[1], alpha=scale)
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Deformable convolution with mask (version 2) into `output`; `bias` counts if `with_bias`."""
+    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
+    tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
+    output.copy_(torchvision_ops().deform_conv2d(*tensors, *geometry))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Adds the gradients of version 2 to the `grad_*` tensors."""
+    geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
+    tensors = supported(grad_output) + _complete(input, weight, offset, mask, bias if with_bias else None)
+    grads = torchvision_ops()._deform_conv2d_backward(*tensors, *geometry)
+    for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
+        target.add_(grad)
+    if with_bias:
+        grad_bias.add_(grads[4])
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Multi-scale deformable attention by mmcv's own PyTorch version, (batch, queries, channels)."""
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    shapes = value_spatial_shapes.tolist()
+    return multi_scale_deformable_attn_pytorch(value, shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Adds the gradients of `ms_deform_attn_forward` to the last three tensors."""
+
+    def forward(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_forward(
+            value, value_spatial_shapes, value_level_start_index, locations, weights, im2col_step
+        )
+
+    grads = gradients(forward, (value, sampling_locations, attention_weights), grad_output)
+    for target, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+        target.add_(grad)
