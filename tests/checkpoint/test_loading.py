@@ -210,7 +210,12 @@ def test_layer_scale_of_the_model_only_is_refused(tmp_path, weights):
 
 def test_published_architecture_is_named(tmp_path):
     path = save(tmp_path, {"state_dict": DiNAT("dinat_tiny", dilations="coco").state_dict()})
-    refused(DiNAT("dinat_mini", dilations="coco"), path, "levels.2 has 18 blocks in the file and 6 in the model", "dinat_tiny")
+    refused(
+        DiNAT("dinat_mini", dilations="coco"),
+        path,
+        "levels.2 has 18 blocks in the file and 6 in the model",
+        "dinat_tiny",
+    )
 
 
 @pytest.mark.parametrize(
