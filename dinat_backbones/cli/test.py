@@ -23,6 +23,9 @@ from .framework_scripts import run_framework_script
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--help"], ["-h"]):  # with a config, the help of its framework's script
+        print(__doc__)
+        return
     if "--check-data" in words:
         sys.exit(check_data(words))
     run_framework_script("test.py", _arguments_for_testing, words)

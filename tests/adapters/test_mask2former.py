@@ -152,7 +152,7 @@ def test_deformable_attention_says_once_what_runs(caplog):
     query, value = torch.randn(1, 5, 8), torch.randn(1, 12, 8)
     shapes, points = torch.tensor([[3, 4]]), torch.rand(1, 5, 1, 2)
     found = module(query, points, value, shapes, torch.tensor([0]))
-    assert_near([found], [by_hand(module, query, points, value, 3, 4)])
+    assert_near(found, [by_hand(module, query, points, value, 3, 4)])
 
 
 def by_hand(module, query, points, value, height, width):
