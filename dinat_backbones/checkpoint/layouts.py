@@ -102,12 +102,8 @@ def convert(
     new: dict[str, Tensor] = {}
     changes = []
     unused = dict.fromkeys(state)
-    steps = _from_common(
-        {name: resized.get(name, tensor) for name, (_, tensor) in common.items()},
-        mask2former_layouts.home(state),
-        to,
-        things,
-    )
+    prepared = {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}
+    steps = _from_common(prepared, mask2former_layouts.home(state), to, things)
     for names, targets in steps:
         sources = tuple(dict.fromkeys(source for name in names for source in common[name][0]))
         new |= targets

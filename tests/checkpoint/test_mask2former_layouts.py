@@ -1,4 +1,4 @@
-"""checkpoint/mask2former_layouts.py against the real models: the same weights have to give the same logits in every home."""
+"""Layouts of Mask2Former against the real models: the same weights have to give the same logits in every home."""
 
 import pytest
 import torch
