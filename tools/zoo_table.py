@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Write what is derived from the table of published models, dinat_backbones/zoo:
 
-python tools/zoo_table.py           docs/model_zoo.md, configs/metafile.yml and model-index.yml (the last two for mim)
+python tools/zoo_table.py           docs/model_zoo.md, configs/metafile.yml and model-index.yml (the last two for mim),
+                                    the README of each config folder and docs/images/attention-*.svg
 python tools/zoo_table.py --check   write nothing, exit with status 1 if one of them is not up to date
 """
 
@@ -19,6 +20,7 @@ except ModuleNotFoundError:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "dinat_backbones"))  # without the package around it, which imports torch
 import zoo  # noqa: E402
+import zoo_pages  # noqa: E402
 
 PAPERS = {
     "NAT": ("Neighborhood Attention Transformer", "https://arxiv.org/abs/2204.07143"),
@@ -41,6 +43,7 @@ def documents() -> dict[Path, str]:
         ROOT / "docs" / "model_zoo.md": _model_zoo(),
         ROOT / "configs" / "metafile.yml": header + yaml.safe_dump(_metafile(), sort_keys=False, width=1000),
         ROOT / "model-index.yml": header + yaml.safe_dump({"Import": ["configs/metafile.yml"]}),
+        **zoo_pages.documents(ROOT),
     }
 
 
