@@ -42,7 +42,7 @@ def test_no_block_is_indented_code(page):
 def test_paths_and_commands_in_prose_exist(page):
     text = read_page(page)
     assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == []
-    assert {name for name in COMMAND.findall(text)} <= set(cli.COMMANDS)
+    assert set(COMMAND.findall(text)) <= set(cli.COMMANDS)
 
 
 def test_every_command_is_documented():
