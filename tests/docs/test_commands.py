@@ -61,12 +61,7 @@ RULES = (
     Rule(r"dinat train configs/mmpretrain/\S+", "parse", HOURS, needs="mmpretrain"),
     Rule(r"dinat train CONFIG --resume", "parse", HOURS),
     Rule(r"dinat test configs/\S+ CHECKPOINT\.pth", "parse", REAL_DATA),
-    Rule(
-        r"dinat test CONFIG CHECKPOINT --tta",
-        "parse",
-        "for segmentors; tests/cli/test_train.py runs it",
-        config=SEGMENTOR,
-    ),
+    Rule(r"dinat test CONFIG CHECKPOINT --tta", "parse", "tests/cli/test_train.py runs it", config=SEGMENTOR),
     Rule(r"dinat train --config-file .*", "parse", HOURS, needs="detectron2"),
     Rule(r"dinat predict .* --config CONFIG\.yaml .*", "parse", "tests/adapters/test_mask2former.py runs it"),
     Rule(r"dinat export .*", "parse", "takes minutes at this size; tests/cli/test_export.py runs small ones"),
