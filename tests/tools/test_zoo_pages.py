@@ -21,9 +21,8 @@ def test_the_committed_files_are_the_generated_ones():
 def test_readme_has_every_config_of_its_folder_with_its_results(folder):
     lines = DOCUMENTS[ROOT / "configs" / folder / "README.md"].splitlines()
     rows = [row for row in ROWS if row.config.rpartition("/")[0] == folder]
-    assert {path.name for path in (ROOT / "configs" / folder).glob("*.py")} == {
-        row.config.rpartition("/")[2] for row in rows
-    }
+    configs = {path.name for path in (ROOT / "configs" / folder).glob("*.py")}
+    assert {name for name in configs if any(f"]({name})" in line for line in lines)} == configs
     for row in rows:
         (line,) = [line for line in lines if f"]({row.config.rpartition('/')[2]})" in line]
         cells = [cell.strip() for cell in line.split("|")]
