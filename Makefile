@@ -1,10 +1,10 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
-.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-modern test-classic \
-	lint bench bench-classic bench-gpu clean
+.PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-classic \
+	lint package check-install bench bench-classic bench-gpu clean
 
 # A file at a time on each core, with one thread: most tests compute little, and teams of threads get in each other's way.
 PYTEST = -m pytest -q -n auto --maxprocesses 8 --dist loadfile
-test-modern test-classic: export OMP_NUM_THREADS = 1
+test test-classic: export OMP_NUM_THREADS = 1
 
 setup:
 	tools/setup_env.sh modern
@@ -27,15 +27,11 @@ demo-mask2former: setup
 demo-panoptic: setup-classic
 	.venv-classic/bin/python tools/demo.py panoptic
 
-test: test-modern test-classic
-
-test-modern: setup
-	@echo "== modern stack"
+test: setup
 	.venv/bin/python $(PYTEST)
 
 # What depends on versions of torch, NATTEN, OpenMMLab or Detectron2.
 test-classic: setup-classic
-	@echo "== classic stack"
 	.venv-classic/bin/python $(PYTEST) tests/ops tests/checkpoint tests/adapters tests/configs tests/test_attention.py \
 		tests/test_backbone.py tests/test_classifier.py tests/cli/test_validate.py tests/cli/test_prepare.py
 
@@ -43,6 +39,15 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# The wheel and the sdist, and what the wheel can do outside of this checkout without a compiler.
+package: setup
+	.venv/bin/python tools/check_install.py 3.11-torch-2.11.0
+	.venv/bin/twine check --strict work_dirs/check_install/dist/*
+
+# The same with Python 3.10 to 3.13, torch 2.3 to the newest, numpy 1 and 2: downloads 20 GB.
+check-install: setup
+	.venv/bin/python tools/check_install.py
 
 bench: setup
 	.venv/bin/python tools/benchmark.py all --out work_dirs/benchmark.json
@@ -54,4 +59,4 @@ bench-gpu: setup
 	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
 
 clean:
-	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/_na2d.so
+	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/backends/cpu/_na2d.so

@@ -1,7 +1,7 @@
 """Finds `mmcv._ext` where mmcv was installed without compiled operators, and `panopticapi` where it is not installed.
 Standard library only.
 
-The installed package starts this module through dinat_mmcv_finder.pth at every start of Python, so it does next to
+Where the package is installed, dinat_mmcv_finder.pth imports this module at every start of Python, so it does next to
 nothing: torch and the operators are imported when something asks for one of `STAND_INS` that is not installed.
 """
 

@@ -1,60 +1,73 @@
 """Package metadata, and the CPU kernel as an optional extension.
 
-The kernel is a plain shared library with a C interface: it needs a C++17 compiler (GCC or Clang), but neither torch nor
-Python headers, so one build serves every torch and Python version. Without a compiler the installation goes on.
+The kernel is a plain shared library with a C interface: it needs a C++17 compiler (GCC, Clang or MSVC), but neither
+torch nor Python headers, so one build serves every torch and Python version. Without a compiler the installation goes
+on.
 """
 
 import glob
-import platform
+import os
 import shutil
+import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:  # setuptools < 70
     from wheel.bdist_wheel import bdist_wheel
 
-CSRC = "dinat_backbones/ops/csrc"
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-# name, vector width in floats, compiler flags; the kernels are compiled once for each
-INSTRUCTION_SETS = [("baseline", 4, [])]
+CPU = "dinat_backbones/ops/backends/cpu"
+# What is built for, which on macOS need not be the machine it is built on; "universal2" gets the baseline alone.
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
+# name, vector width in floats, flags of GCC and Clang, flags of MSVC; kernel.cpp is compiled once for each
+INSTRUCTION_SETS = [("baseline", 4, [], [])]
 if X86:
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS += [
-        ("avx2", 8, ["-mavx2", "-mfma"]),
-        (
-            "avx512",
-            16,
-            ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-        ),
+        ("avx2", 8, ["-mavx2", "-mfma"], ["/arch:AVX2"]),
+        ("avx512", 16, AVX512, ["/arch:AVX512"]),
     ]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
+MSVC_FLAGS = ["/std:c++17", "/O2", "/EHsc"]
 
 
 class BuildKernel(build_ext):
     """Compiles kernel.cpp per instruction set and links everything into one library."""
 
     def build_extension(self, ext):
+        msvc = self.compiler.compiler_type == "msvc"
+
         def compile_(source, flags, macros, folder=""):
             return self.compiler.compile(
-                [f"{CSRC}/{source}"],
+                [f"{CPU}/csrc/{source}"],
                 f"{self.build_temp}/{folder}",
                 macros,
                 depends=ext.depends,
-                extra_postargs=FLAGS + flags,
+                extra_postargs=(MSVC_FLAGS if msvc else FLAGS) + flags,
             )
 
-        objects = compile_("na2d.cpp", [], [("NA2D_X86", "1")] if X86 else [])
-        for name, lanes, flags in INSTRUCTION_SETS:
-            objects += compile_("kernel.cpp", flags, [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))], folder=name)
+        x86 = [("NA2D_X86", "1")] if X86 else []
+        objects = compile_("na2d.cpp", [], x86)
+        for name, lanes, unix_flags, msvc_flags in INSTRUCTION_SETS:
+            macros = [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))]
+            objects += compile_("kernel.cpp", msvc_flags if msvc else unix_flags, macros, folder=name)
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=["-pthread"]
+            objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=[] if msvc else ["-pthread"]
         )
 
     def get_ext_filename(self, fullname):
-        return fullname.replace(".", "/") + ".so"  # a plain library: no Python ABI in its name
+        # a plain library: no Python ABI in its name
+        return fullname.replace(".", "/") + (".dll" if os.name == "nt" else ".so")
+
+
+def write_startup_file(folder):
+    """Python reads it in site-packages at start-up, so that mmcv finds its operators whatever is imported first."""
+    Path(folder, "dinat_mmcv_finder.pth").write_text("import dinat_mmcv_finder\n")
 
 
 class BuildWithConfigs(build_py):
@@ -63,9 +76,18 @@ class BuildWithConfigs(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
+            write_startup_file(self.build_lib)
             mim = f"{self.build_lib}/dinat_backbones/.mim"
             shutil.copytree("configs", f"{mim}/configs", dirs_exist_ok=True)
             shutil.copy("model-index.yml", mim)
+
+
+class EditableWheel(editable_wheel):
+    """Adds the start-up file to an editable installation."""
+
+    def _run_build_commands(self, dist_name, unpacked_wheel, build_lib, tmp_dir):
+        write_startup_file(unpacked_wheel)
+        return super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
 
 
 class PlatformWheel(bdist_wheel):
@@ -80,11 +102,16 @@ setup(
     py_modules=["dinat_mmcv_finder"],
     ext_modules=[
         Extension(
-            "dinat_backbones.ops._na2d",
-            sources=[f"{CSRC}/na2d.cpp", f"{CSRC}/kernel.cpp"],
-            depends=sorted(glob.glob(f"{CSRC}/*.h")),
+            "dinat_backbones.ops.backends.cpu._na2d",
+            sources=[f"{CPU}/csrc/na2d.cpp", f"{CPU}/csrc/kernel.cpp"],
+            depends=sorted(glob.glob(f"{CPU}/csrc/*.h")),
             optional=True,
         )
     ],
-    cmdclass={"build_py": BuildWithConfigs, "build_ext": BuildKernel, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_py": BuildWithConfigs,
+        "build_ext": BuildKernel,
+        "bdist_wheel": PlatformWheel,
+        "editable_wheel": EditableWheel,
+    },
 )

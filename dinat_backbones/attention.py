@@ -6,7 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .ops import check, exportable, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, reference
+from .ops import (
+    neighborhood_attention_2d,
+    neighborhood_attention_2d_qkvpacked,
+    neighborhood_attention_2d_with_weights,
+)
+from .ops.checks import check_window
+from .ops.padding import crop, pad_to_reach
 
 
 class _Attention2D(nn.Module):
@@ -33,7 +39,7 @@ class _Attention2D(nn.Module):
             )
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, span, span))
@@ -50,7 +56,8 @@ class NeighborhoodAttention2D(_Attention2D):
 
     A map smaller than ``kernel_size * dilation`` is zero-padded at the bottom and the right *before* `qkv`, so that the
     padded keys and values equal the bias of `qkv` and take part in the attention, and the result is cropped before
-    `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``).
+    `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``). `ops/padding.py`
+    does both.
 
     Args:
         dim: channels; a multiple of `num_heads`.
@@ -82,10 +89,7 @@ class NeighborhoodAttention2D(_Attention2D):
         rel_pos_bias: bool = True,
         backend: str | None = None,
     ):
-        if kernel_size < 3 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
-        if dilation < 1:
-            raise ValueError(f"dilation={dilation}: expected at least 1")
+        check_window(kernel_size, dilation)
         super().__init__(
             dim,
             num_heads,
@@ -100,51 +104,33 @@ class NeighborhoodAttention2D(_Attention2D):
         self.dilation = dilation
         self.backend = backend
 
-    def forward(self, x: torch.Tensor, return_attention: bool = False):
+    def forward(
+        self, x: torch.Tensor, return_attention: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``[B, H, W, dim]`` to the same shape and dtype.
 
         With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
         columns) in float32, computed in plain PyTorch.
         """
         _, height, width, _ = x.shape
-        reach = self.kernel_size * self.dilation
-        if exportable.exporting():
-            bottom, right = exportable.padding(height, reach), exportable.padding(width, reach)
-        else:
-            bottom, right = max(0, reach - height), max(0, reach - width)
-        padded = any(isinstance(side, torch.SymInt) or side > 0 for side in (bottom, right))
-        if padded:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        qkv = self._project(x)
-        attention = None
+        qkv = self._project(pad_to_reach(x, self.kernel_size * self.dilation))
+        settings: dict[str, Any] = dict(kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale)
         if return_attention or (self.training and self.attn_drop.p > 0):
-            x, attention = self._attend_with_weights(*(qkv.unbind(3) if isinstance(qkv, torch.Tensor) else qkv))
-        else:
-            settings: dict[str, Any] = dict(
-                kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale, backend=self.backend
+            query, key, value = qkv.unbind(3) if isinstance(qkv, torch.Tensor) else qkv
+            x, attention = neighborhood_attention_2d_with_weights(
+                query, key, value, self.rpb, dropout=self.attn_drop, **settings
             )
-            if isinstance(qkv, torch.Tensor):
-                x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, **settings)
-            else:
-                x = neighborhood_attention_2d(*qkv, rpb=self.rpb, **settings)
-        if padded and exportable.exporting():
-            x = exportable.crop(x, height, width)
-        elif padded:
-            x = x[:, :height, :width]
-        if attention is not None:
-            attention = attention[:, :height, :width]
-        x = self.proj_drop(self.proj(x.flatten(-2)))
-        return (x, attention) if return_attention else x
+        elif isinstance(qkv, torch.Tensor):
+            x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
+        else:
+            x = neighborhood_attention_2d(*qkv, self.rpb, backend=self.backend, **settings)
+        x = self.proj_drop(self.proj(crop(x, height, width).flatten(-2)))
+        return (x, crop(attention, height, width)) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One tensor ``[B, H, W, 3, heads, head_dim]``; three, where a subclass has three projections."""
-        return self.qkv(x).view(*x.shape[:3], 3, self.num_heads, self.head_dim)
-
-    def _attend_with_weights(self, query, key, value):
-        check(query, key, value, self.rpb, self.kernel_size, self.dilation)
-        attention = reference.weights(query, key, self.rpb, self.kernel_size, self.dilation, self.scale)
-        out = reference.apply_weights(self.attn_drop(attention), value, self.kernel_size, self.dilation)
-        return out, attention
+        qkv: torch.Tensor = self.qkv(x)
+        return qkv.view(*x.shape[:3], 3, self.num_heads, self.head_dim)
 
     def extra_repr(self) -> str:
         return (
@@ -217,7 +203,8 @@ class GlobalAttention2D(_Attention2D):
         bias = None if self.rpb is None else self.rpb.flatten(1)[:, self.relative_position_index].to(query.dtype)
         drop = self.attn_drop.p if self.training else 0.0
         x = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=drop, scale=self.scale)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, height, width, dim)))
+        out: torch.Tensor = self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, height, width, dim)))
+        return out
 
     def extra_repr(self) -> str:
         return (

@@ -1,170 +1,40 @@
 """NAT, DiNAT and DiNAT_s as feature pyramids: the only backbone code of the package.
 
 NAT and DiNAT (arXiv 2204.07143, 2209.15001) use overlapping 3x3 convolutions to tokenize and downsample; DiNAT_s keeps
-Swin's frame (4x4 patches, 2x2 merging) around the same attention. Module names are those of the published checkpoints.
+Swin's frame (4x4 patches, 2x2 merging) around the same attention. The layers are in `layers`, the architectures and
+dilations in `zoo`. Module names are those of the published checkpoints.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from . import zoo
 from .attention import NeighborhoodAttention2D
+from .layers import (
+    Block,
+    ConvDownsampler,
+    ConvTokenizer,
+    NormLayer,
+    PatchEmbed,
+    PatchMerging,
+    Stage,
+    drop_path_rates,
+    init_linear,
+)
 
-# Of a hidden layer, when a CPU infers: from which size on it is worth cutting, and the size of the pieces. Smaller ones
-# pay for it: every matrix product rearranges the weights anew.
-LARGE_BYTES, PIECE_BYTES = 16 << 20, 2 << 20
-
-
-class ConvTokenizer(nn.Module):
-    """Two 3x3 stride-2 convolutions and a norm: ``[B, in_chans, H, W]`` to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
-
-    def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None):
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1),
-            nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1),
-        )
-        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # channels_last makes the permutation below a view of contiguous memory
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.permute(0, 2, 3, 1))
+_Backbone = TypeVar("_Backbone", bound="BackboneBase")
 
 
-class ConvDownsampler(nn.Module):
-    """A 3x3 stride-2 convolution and a norm: ``[B, H, W, C]`` to ``[B, ceil(H/2), ceil(W/2), 2C]``."""
-
-    def __init__(self, dim: int, norm_layer: type[nn.Module]):
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
-        self.norm = norm_layer(2 * dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class PatchEmbed(nn.Module):
-    """Patches of side P: ``[B, in_chans, H, W]``, zero-padded to multiples of P, to ``[B, H/P, W/P, embed_dim]``."""
-
-    def __init__(self, in_chans: int, embed_dim: int, norm_layer: type[nn.Module] | None, patch_size: int = 4):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """2x2 pixels become one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, H/2, W/2, 2C]`` rounded up."""
-
-    def __init__(self, dim: int, norm_layer: type[nn.Module]):
-        super().__init__()
-        self.norm = norm_layer(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        # published channel order, as (row, column): (0,0) (1,0) (0,1) (1,1)
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
-        return self.reduction(self.norm(x))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: while training, drop a sample's residual branch with probability `p`, scale the others up."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        keep = 1 - self.p
-        return x * (x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep) / keep)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p:.3f}"
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear, each followed by dropout; ``[..., dim]`` to the same shape."""
-
-    def __init__(self, dim: int, hidden: int, drop: float):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on ``[B, H, W, dim]``; `layer_scale` adds learned factors `gamma1`, `gamma2`."""
-
-    def __init__(self, dim, mlp_ratio, drop, drop_path, norm_layer, layer_scale, attention: nn.Module):
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = attention
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = norm_layer(dim)
-        self.hidden = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, self.hidden, drop)
-        for name in ("gamma1", "gamma2"):
-            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
-            self.register_parameter(name, gamma)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or torch.is_grad_enabled() or x.device.type != "cpu" or traced:
-            return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
-        # In place, and some pixels of a large map at a time, whose hidden layer then stays in the cache.
-        x = x.contiguous()
-        pixels = x.flatten(0, 2)
-        width = self.hidden * x.element_size()
-        large = len(pixels) * width >= LARGE_BYTES
-        for part in pixels.split(max(1, PIECE_BYTES // width) if large else len(pixels)):
-            part += self._branch(self.mlp(self.norm2(part)), self.gamma2)
-        return x
-
-    def _branch(self, x, gamma):
-        return self.drop_path(x if gamma is None else gamma * x)
-
-
-class Stage(nn.Module):
-    """A run of blocks, then (but for the last stage) a downsampler."""
-
-    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None, with_cp: bool):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.with_cp = with_cp
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the feature map of this stage and the input of the next one, both ``[B, H, W, C]``."""
-        for block in self.blocks:
-            recompute = self.with_cp and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x, x if self.downsample is None else self.downsample(x)
-
-
-class _Backbone(nn.Module):
+class BackboneBase(nn.Module):
     """What the three families share; see `NAT` for the arguments."""
 
     family: str
     stages_name: str  # attribute, hence state-dict prefix, of the stages
-    tokenizer: type[nn.Module]
-    downsampler: type[nn.Module]
+    tokenizer: type[ConvTokenizer] | type[PatchEmbed]
+    downsampler: type[ConvDownsampler] | type[PatchMerging]
 
     def __init__(
         self,
@@ -184,7 +54,7 @@ class _Backbone(nn.Module):
         layer_scale: float | None = None,
         rel_pos_bias: bool = True,
         patch_norm: bool = True,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: NormLayer = nn.LayerNorm,
         in_chans: int = 3,
         out_indices: Sequence[int] | None = None,
         frozen_stages: int = -1,
@@ -192,41 +62,31 @@ class _Backbone(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
-        named = self._named(arch)
-        embed_dim, depths, num_heads, mlp_ratio = (
-            self._given_or_named(name, given, named)
-            for name, given in dict(
-                embed_dim=embed_dim, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio
-            ).items()
-        )
-        if kernel_size is None:
-            kernel_size = named.kernel_size if named else 7
-        if layer_scale is None and named:
-            layer_scale = named.layer_scale
-        if isinstance(dilations, str):
-            if arch is None:
-                raise ValueError(f"dilations={dilations!r} names a row of the table, which needs arch=... beside it")
-            dilations = zoo.dilations(arch, dilations)
-        if dilations is None:
-            dilations = [[1] * depth for depth in depths]
+        published = self._published(arch)
+        embed_dim = self._given_or_published("embed_dim", embed_dim, published)
+        depths = self._given_or_published("depths", depths, published)
+        num_heads = self._given_or_published("num_heads", num_heads, published)
+        mlp_ratio = self._given_or_published("mlp_ratio", mlp_ratio, published)
+        if layer_scale is None and published:
+            layer_scale = published.layer_scale
         if out_indices is None:
             out_indices = range(len(depths))
-        self._check(depths, num_heads, dilations, out_indices, frozen_stages)
+        dilations, kernel_size = self._dilations_and_kernel_size(published, dilations, kernel_size, depths)
+        self.check_arguments(depths, num_heads, dilations, out_indices, frozen_stages)
 
         self.depths, self.num_heads, self.kernel_size = tuple(depths), tuple(num_heads), kernel_size
         self.dilations = tuple(map(tuple, dilations))
         self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
-        widths = [embed_dim * 2**i for i in range(len(depths))]
-        self.stage_channels = tuple(widths)
+        self.stage_channels = tuple(embed_dim * 2**i for i in range(len(depths)))
         self.stage_strides = tuple(4 * 2**i for i in range(len(depths)))
         self.out_channels = tuple(self.stage_channels[i] for i in self.out_indices)
         self.out_strides = tuple(self.stage_strides[i] for i in self.out_indices)
 
         self.patch_embed = self.tokenizer(in_chans, embed_dim, norm_layer if patch_norm else None)
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_path = rising(drop_path_rate, sum(depths))
+        drop_path = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages = nn.ModuleList()
-        for i, width in enumerate(widths):
+        for i, width in enumerate(self.stage_channels):
             blocks = []
             for dilation in self.dilations[i]:
                 attention = NeighborhoodAttention2D(
@@ -242,13 +102,14 @@ class _Backbone(nn.Module):
                     backend=backend,
                 )
                 blocks.append(Block(width, mlp_ratio, drop_rate, next(drop_path), norm_layer, layer_scale, attention))
-            downsample = self.downsampler(width, norm_layer) if i + 1 < len(widths) else None
+            downsample = self.downsampler(width, norm_layer) if i + 1 < len(depths) else None
             stages.append(Stage(blocks, downsample, with_cp))
         self.add_module(self.stages_name, stages)
         for i, width in zip(self.out_indices, self.out_channels, strict=True):
             self.add_module(f"norm{i}", norm_layer(width))
         self.apply(init_linear)
-        self._freeze()
+        for module in self._frozen():
+            module.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images ``[B, in_chans, H, W]`` of any size to one contiguous map ``[B, C_i, ceil(H/s_i), ceil(W/s_i)]`` per
@@ -266,7 +127,7 @@ class _Backbone(nn.Module):
             features, x = stage(x)
             yield features
 
-    def train(self, mode: bool = True):
+    def train(self: _Backbone, mode: bool = True) -> _Backbone:
         """As `nn.Module.train`, but frozen stages stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen():
@@ -280,32 +141,74 @@ class _Backbone(nn.Module):
         norms = [getattr(self, f"norm{i}") for i in self.out_indices if i < self.frozen_stages]
         return [self.patch_embed, self.pos_drop, *stages, *norms]
 
-    def _freeze(self) -> None:
-        for module in self._frozen():
-            module.eval().requires_grad_(False)
+    # ---- arguments
 
     @classmethod
-    def _named(cls, arch: str | None) -> zoo.Arch | None:
+    def _published(cls, arch: str | None) -> zoo.Arch | None:
         if arch is None:
             return None
-        named = zoo.arch(arch)
-        if named.family != cls.family:
+        published = zoo.arch(arch)
+        if published.family != cls.family:
             raise ValueError(
-                f"arch={arch!r} belongs to {named.family}, not to {cls.family}; use {named.family}(arch={arch!r})"
+                f"arch={arch!r} belongs to {published.family}, not to {cls.family}; use {published.family}(arch=...)"
             )
-        return named
+        return published
 
     @classmethod
-    def _given_or_named(cls, name: str, given, named: zoo.Arch | None):
+    def _given_or_published(cls, name: str, given: Any, published: zoo.Arch | None) -> Any:
         if given is not None:
             return given
-        if named is None:
-            names = [known for known, row in zoo.ARCHS.items() if row.family == cls.family]
+        if published is None:
+            names = [arch.name for arch in zoo.ARCHS.values() if arch.family == cls.family]
             raise ValueError(f"{cls.family} needs {name}=... or arch=..., one of {names}")
-        return getattr(named, name)
+        return getattr(published, name)
+
+    @classmethod
+    def _dilations_and_kernel_size(
+        cls,
+        published: zoo.Arch | None,
+        dilations: str | Sequence[Sequence[int]] | None,
+        kernel_size: int | None,
+        depths: Sequence[int],
+    ) -> tuple[Sequence[Sequence[int]], int]:
+        """One dilation per block of each stage. A setting brings its kernel size, and an `arch` of a family with
+        dilations needs a setting or a list: with dilation 1 everywhere it would load a published file and be wrong."""
+        if isinstance(dilations, str):
+            if published is None:
+                raise ValueError(
+                    f"dilations={dilations!r} is a setting of published models and needs arch=... beside it"
+                )
+            setting = zoo.dilation_setting(published.name, dilations)
+            if kernel_size not in (None, setting.kernel_size):
+                raise ValueError(
+                    f"kernel_size={kernel_size} contradicts dilations={dilations!r}, whose kernel size is "
+                    f"{setting.kernel_size}: leave kernel_size out, or give the dilations as lists"
+                )
+            return setting.per_block(depths), setting.kernel_size
+        if kernel_size is None:
+            kernel_size = published.kernel_size if published else zoo.Arch.kernel_size
+        settings = zoo.settings_of(cls.family)
+        if dilations is None:
+            if published and settings:
+                raise ValueError(
+                    f"{cls.family}(arch={published.name!r}) needs dilations=..., which belong to a task and a "
+                    f"resolution: one of {', '.join(map(str, settings))}, or for each stage a list with one dilation "
+                    "per block"
+                )
+            dilations = [[1] * depth for depth in depths]
+        if not settings and any(dilation != 1 for stage in dilations for dilation in stage):
+            raise ValueError(f"dilations={dilations}: {cls.family} has dilation 1 everywhere; use DiNAT")
+        return dilations, kernel_size
 
     @staticmethod
-    def _check(depths, num_heads, dilations, out_indices, frozen_stages) -> None:
+    def check_arguments(
+        depths: Sequence[int],
+        num_heads: Sequence[int],
+        dilations: Sequence[Sequence[int]],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+    ) -> None:
+        """ValueError where arguments do not fit together."""
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads={list(num_heads)} and depths={list(depths)} must have one entry per stage")
         lengths = [len(stage) for stage in dilations]
@@ -313,8 +216,7 @@ class _Backbone(nn.Module):
             raise ValueError(
                 f"dilations has {lengths} entries per stage; expected one per block, depths={list(depths)}: {dilations}"
             )
-        wrong = [i for i in out_indices if i not in range(len(depths))]
-        if wrong:
+        if any(i not in range(len(depths)) for i in out_indices):
             raise ValueError(f"out_indices={list(out_indices)}: expected stages 0 to {len(depths) - 1}")
         if frozen_stages not in range(-1, len(depths) + 1):
             raise ValueError(
@@ -322,14 +224,15 @@ class _Backbone(nn.Module):
             )
 
 
-class NAT(_Backbone):
+class NAT(BackboneBase):
     """Neighborhood Attention Transformer (arXiv 2204.07143), a pyramid of feature maps.
 
     Args:
         arch: a name of `zoo.ARCHS` of this family; arguments given beside it win over its values.
         embed_dim, depths, num_heads, mlp_ratio, kernel_size: the architecture, where no `arch` names it.
-        dilations: None (all 1), one list per stage with one dilation per block, or with `arch` a setting of the table:
-            "coco", "ade20k-512", "ade20k-640", "imagenet-224", ... (`zoo.DILATION_SETTINGS`).
+        dilations: for DiNAT and DiNAT_s, with `arch` a setting of `zoo.DILATION_SETTINGS`, which brings its kernel
+            size: "coco", "ade20k-512", "ade20k-640", "mask2former", "imagenet-224", ...; or one list per stage with one
+            dilation per block. None stands for 1 everywhere: in NAT, and where no `arch` is given.
         qkv_bias, qk_scale: see `NeighborhoodAttention2D`.
         drop_rate, attn_drop_rate: dropout after the tokenizer, projections and MLPs; on the attention weights.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 over all blocks.
@@ -344,7 +247,8 @@ class NAT(_Backbone):
         backend: insist on one backend of the op.
 
     Raises:
-        ValueError: an unknown `arch` or setting, an `arch` of another family, arguments that do not fit together.
+        ValueError: an unknown `arch` or setting, an `arch` of another family, a DiNAT or DiNAT_s `arch` without
+            `dilations`, arguments that do not fit together.
 
     `out_channels` and `out_strides` describe the returned maps.
     """
@@ -361,23 +265,10 @@ class DiNAT(NAT):
     family = "DiNAT"
 
 
-class DiNAT_s(_Backbone):
+class DiNAT_s(BackboneBase):
     """DiNAT in Swin's frame (arXiv 2209.15001, section 3.4); arguments as for `NAT`."""
 
     family = "DiNAT_s"
     stages_name = "layers"
     tokenizer = PatchEmbed
     downsampler = PatchMerging
-
-
-def rising(rate: float, blocks: int) -> Iterator[float]:
-    """Stochastic depth of every block, from 0 up to `rate` in equal steps."""
-    return (rate * i / max(1, blocks - 1) for i in range(blocks))
-
-
-def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero biases, as the published models began."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from . import zoo
-from .backbone import NAT, DiNAT, DiNAT_s, init_linear
+from .backbone import NAT, DiNAT, DiNAT_s
 from .checkpoint import load_classifier
 from .isotropic import Isotropic
+from .layers import NormLayer, init_linear
 
 
-class _Head(nn.Module):
-    """Norm, mean over the map and a linear layer, behind a backbone that has `stage_maps`. Comes first among the bases.
+class Classifier(nn.Module):
+    """Norm, mean over the map and a linear layer; the first base of a classifier, before a backbone with `stage_maps`.
 
     Further arguments of every classifier:
         num_classes: 0 for none; the model then returns its pooled features.
@@ -47,7 +48,7 @@ class _Head(nn.Module):
         *,
         num_classes: int = 1000,
         global_pool: str = "avg",
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: NormLayer = nn.LayerNorm,
         **kwargs: Any,
     ):
         super().__init__(arch, norm_layer=norm_layer, **kwargs)  # type: ignore[call-arg]  # the backbone
@@ -138,30 +139,30 @@ class _Head(nn.Module):
         return [i % stages for i in chosen]
 
 
-class _PyramidHead(_Head):
-    """`_Head` of a backbone with stages, none of which has a norm of its own."""
+class StagedClassifier(Classifier):
+    """A classifier with stages, none of which has a norm of its own."""
 
     def __init__(self, arch: str | None = None, **kwargs: Any):
         super().__init__(arch, out_indices=(), **kwargs)
 
 
-class NATClassifier(_PyramidHead, NAT):  # type: ignore[misc]  # forward returns logits, not maps
-    """`NAT` as an image classifier: its arguments but `out_indices`, and `num_classes`, `global_pool` (see `_Head`)."""
+class NATClassifier(StagedClassifier, NAT):  # type: ignore[misc]  # forward returns logits, not maps
+    """`NAT` as an image classifier: its arguments but `out_indices`, and those of `Classifier`."""
 
 
-class DiNATClassifier(_PyramidHead, DiNAT):  # type: ignore[misc]
+class DiNATClassifier(StagedClassifier, DiNAT):  # type: ignore[misc]
     """`DiNAT` as an image classifier; arguments as for `NATClassifier`."""
 
 
-class DiNAT_sClassifier(_PyramidHead, DiNAT_s):  # type: ignore[misc]
+class DiNAT_sClassifier(StagedClassifier, DiNAT_s):  # type: ignore[misc]
     """`DiNAT_s` as an image classifier; arguments as for `NATClassifier`."""
 
 
-class IsotropicClassifier(_Head, Isotropic):
-    """NAT-iso, DiNAT-iso or ViT-rpb: the arguments of `Isotropic`, and `num_classes`, `global_pool` (see `_Head`)."""
+class IsotropicClassifier(Classifier, Isotropic):
+    """NAT-iso, DiNAT-iso or ViT-rpb: the arguments of `Isotropic`, and those of `Classifier`."""
 
 
-FAMILIES: dict[str, type[_Head]] = {"NAT": NATClassifier, "DiNAT": DiNATClassifier, "DiNAT_s": DiNAT_sClassifier}
+FAMILIES: dict[str, type[Classifier]] = {"NAT": NATClassifier, "DiNAT": DiNATClassifier, "DiNAT_s": DiNAT_sClassifier}
 ROWS: dict[str, zoo.Classification | zoo.ImageNet22k] = {**zoo.CLASSIFICATION, **zoo.IMAGENET22K}
 
 
@@ -172,7 +173,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def create_classifier(
     name: str, num_classes: int | None = None, pretrained: bool | str | os.PathLike = False, **overrides: Any
-) -> _Head:
+) -> Classifier:
     """A published classifier.
 
     Args:
@@ -196,11 +197,12 @@ def create_classifier(
     return model
 
 
-def recipe(name: str) -> tuple[type[_Head], dict[str, Any]]:
+def recipe(name: str) -> tuple[type[Classifier], dict[str, Any]]:
     """The class and the arguments of a published classifier; ValueError with the known names otherwise."""
     row = zoo.find("classifier", name, ROWS)
     arguments = {"arch": row.arch, "num_classes": row.num_classes}
     if row.arch in zoo.ISOTROPIC:
         return IsotropicClassifier, arguments
-    arguments |= {"dilations": row.dilations, "kernel_size": row.kernel_size}
+    if row.dilations:
+        arguments["dilations"] = row.dilations
     return FAMILIES[zoo.ARCHS[row.arch].family], arguments

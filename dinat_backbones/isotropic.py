@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from . import zoo
 from .attention import GlobalAttention2D, NeighborhoodAttention2D
-from .backbone import Block, PatchEmbed, init_linear, rising
+from .layers import Block, NormLayer, PatchEmbed, drop_path_rates, init_linear, run_block
 
 
 class Isotropic(nn.Module):
@@ -43,11 +42,11 @@ class Isotropic(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         rel_pos_bias: bool = True,
-        norm_layer: type[nn.Module] = nn.LayerNorm,
+        norm_layer: NormLayer = nn.LayerNorm,
         in_chans: int = 3,
         with_cp: bool = False,
         backend: str | None = None,
-        **shape,
+        **shape: Any,
     ):
         super().__init__()
         design = zoo.isotropic(arch or "nat_isotropic_small", **shape)
@@ -75,7 +74,7 @@ class Isotropic(nn.Module):
 
         self.layers = nn.ModuleList(
             Block(design.embed_dim, design.mlp_ratio, drop_rate, drop_path, norm_layer, None, attention(number))
-            for number, drop_path in enumerate(rising(design.drop_path_rate, design.depth))
+            for number, drop_path in enumerate(drop_path_rates(design.drop_path_rate, design.depth))
         )
         self.stage_channels = (design.embed_dim,) * design.depth
         self.stage_strides = (design.patch_size,) * design.depth
@@ -85,6 +84,5 @@ class Isotropic(nn.Module):
         """What every block makes of images: ``[B, H / patch_size, W / patch_size, C]``, one block at a time."""
         x = self.pos_drop(self.patch_embed(x))
         for block in self.layers:
-            recompute = self.with_cp and torch.is_grad_enabled()
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = run_block(block, x, self.with_cp)
             yield x

@@ -1,6 +1,7 @@
 """What tests share: where things are, golden arrays, random inputs of the op, and running a command."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,9 +18,17 @@ from dinat_backbones.ops import BACKENDS
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 GOLDEN = DATA / "golden"
+# what was published about every model: architecture, recipe, results, checkpoint
+PUBLISHED = json.loads((DATA / "published.json").read_text())
 
-# The backends that run any call on any machine; the others have files of their own.
-EVERYWHERE = [name for name in BACKENDS if name not in ("natten", "triton")]
+# The backends that need no further package and so run on any machine; the others have files of their own.
+EVERYWHERE = [name for name, backend in BACKENDS.items() if not backend.requires]
+
+
+def taking(dtype: torch.dtype, *but: str) -> list[str]:
+    """Those of EVERYWHERE that run calls in `dtype`, and are not one of `but`."""
+    qkv = [torch.zeros(1, 3, 3, 1, 8, dtype=dtype)] * 3
+    return [name for name in EVERYWHERE if name not in but and not BACKENDS[name].unsupported(qkv, None, 3, 1, 1.0)]
 
 
 def load_golden(name: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -124,9 +133,9 @@ def sample(index):
     if index % 10 == 0:
         width += 40  # several vectors of lanes
     dim = rng.choice([1, 3, 8, 8, 12, 16, 20])
-    small = height * width > 1500
+    large = height * width > 1500
     return dict(
-        shape=(1 if small else rng.randint(1, 2), height, width, 1 if small else rng.randint(1, 3), dim),
+        shape=(1 if large else rng.randint(1, 2), height, width, 1 if large else rng.randint(1, 3), dim),
         kernel_size=kernel_size,
         dilation=dilation,
         rpb=rng.random() < 0.8,
@@ -160,6 +169,13 @@ def to_dtype(values, dtype):
 
 
 # ---- commands
+
+
+def environment(*paths, **variables):
+    """The environment for a process: this one's with `variables`, and `paths` before those of PYTHONPATH."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([*map(str, paths), *([inherited] if inherited else [])])
+    return {**os.environ, **({"PYTHONPATH": path} if path else {}), **variables}
 
 
 def run_tool(*arguments, code=0):

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from dinat_backbones import NeighborhoodAttention2D
-from dinat_backbones.ops import reference
+from dinat_backbones.ops.backends import reference
 from helpers import EVERYWHERE
 
 

@@ -33,7 +33,7 @@ from benchmarks import backbones, baselines, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
 from dinat_backbones.cli.common import atomic_write
-from dinat_backbones.ops import cpu
+from dinat_backbones.ops import BACKENDS
 
 
 class Suite(NamedTuple):
@@ -60,7 +60,7 @@ def environment(threads: int) -> dict[str, str | int]:
         "torchvision": torchvision.__version__,
         "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "kernel": cpu.instruction_set(),
+        "kernel": BACKENDS["cpu"].instruction_set(),
         "threads": threads,
     }
 

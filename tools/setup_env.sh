@@ -7,14 +7,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stack=${1:-modern}
+requirements=requirements/$stack.txt
 case $stack in
-  modern)  venv=.venv;         version=3.11; prebuild="setuptools>=77" ;;
-  classic) venv=.venv-classic; version=3.10; prebuild="setuptools<81" ;;
+  # what is installed are the package's extras, in the versions that the requirements pin
+  modern)  venv=.venv;         version=3.11; packages=(--constraint "$requirements")
+           extras=openmmlab,huggingface,timm,natten,export,dev,docs ;;
+  classic) venv=.venv-classic; version=3.10; packages=(--requirement "$requirements"); extras=dev ;;
   *) echo "setup_env.sh: unknown stack '$stack'; expected 'modern' or 'classic'" >&2; exit 2 ;;
 esac
-requirements=requirements/$stack.txt
 stamp=$venv/.ready
-fingerprint=$(cat "$requirements" "$0" setup.py pyproject.toml dinat_backbones/ops/csrc/* | cksum)
+fingerprint=$(find setup.py pyproject.toml "$requirements" "$0" dinat_backbones -type f \
+  \( -not -path 'dinat_backbones/*' -o -name '*.cpp' -o -name '*.h' \) | sort | xargs cat | cksum)
 
 is_version() { "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; }
 
@@ -57,34 +60,33 @@ fi
 [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
 
-echo "[$stack] 1/4 torch and the build tools"
-mapfile -t base < <(grep -E '^(torch|torchvision|numpy|setuptools)\b' "$requirements")
-with_heartbeat "downloading torch" install "${base[@]}" "$prebuild" wheel ninja psutil cmake
-
-# Built once per stack and torch, then kept: a second checkout on the same machine takes the wheels from there.
-wheels=${XDG_CACHE_HOME:-$HOME/.cache}/dinat_backbones/$version-$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
-compiled=()
 if [ "$stack" = classic ]; then
-  echo "[$stack] 2/4 mmcv and natten (compiled from source: about 13 + 5 minutes on 2 cores, then kept in $wheels)"
+  echo "[$stack] 1/3 torch and the build tools"
+  mapfile -t base < <(grep -E '^(torch|torchvision|numpy|setuptools)\b' "$requirements")
+  with_heartbeat "downloading torch" install "${base[@]}" wheel ninja psutil cmake
+
+  # Built once per stack and torch, then kept: a second checkout on the same machine takes the wheels from there.
+  torch=$("$venv/bin/python" -c 'import torch; print(torch.__version__)')
+  wheels=${XDG_CACHE_HOME:-$HOME/.cache}/dinat_backbones/$version-$torch
+  echo "[$stack] 2/3 mmcv and natten (compiled from source: about 13 + 5 minutes on 2 cores, then kept in $wheels)"
   mkdir -p "$wheels"
   mapfile -t compiled < <(grep -E '^(mmcv|natten)\b' "$requirements")
+  for package in "${compiled[@]}"; do
+    # pip leaves nothing behind when interrupted: it moves a finished wheel here.
+    CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
+      "$venv/bin/python" -m pip wheel -qq --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
+        --find-links "$wheels" --wheel-dir "$wheels" "$package"
+    install --find-links "$wheels" "${base[@]}" "$package"
+  done
+  echo "[$stack] 3/3 the rest of $requirements, and dinat_backbones with its CPU kernel"
+else
+  echo "[$stack] torch, the frameworks, and dinat_backbones with its CPU kernel (a download of about 4 GB, unless cached)"
 fi
-for package in "${compiled[@]}"; do
-  # pip leaves nothing behind when interrupted: it moves a finished wheel here.
-  CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} with_heartbeat "compiling $package" \
-    "$venv/bin/python" -m pip wheel -qq --disable-pip-version-check --no-cache-dir --no-build-isolation --no-deps \
-      --find-links "$wheels" --wheel-dir "$wheels" "$package"
-  install --find-links "$wheels" "${base[@]}" "$package"
-done
-
-echo "[$stack] 3/4 the rest of $requirements"
-install -r "$requirements" "$prebuild"
-# It asks for numpy 1 and scikit-image; what mmdet's panoptic metric takes from it needs neither.
-install --no-deps panopticapi-lite==0.2.0
-# It asks for Detectron2 and others at fixed addresses; what it needs is in the requirements.
-[ "$stack" = modern ] || install --no-deps --no-build-isolation maskformer2==0.1
-
-echo "[$stack] 4/4 dinat_backbones itself, with its CPU kernel"
-install -r "$requirements" --editable ".[dev,docs]"
+with_heartbeat "installing" install "${packages[@]}" --editable ".[$extras]"
+if [ "$stack" = classic ]; then
+  # Both pin what they need to other versions or addresses; what they need is in the requirements.
+  install --no-deps panopticapi-lite==0.2.0
+  install --no-deps --no-build-isolation maskformer2==0.1
+fi
 echo "$fingerprint" > "$stamp"
 echo "[$stack] $venv is ready"

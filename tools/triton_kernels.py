@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the Triton kernels need on a GPU, and how they are best cut.
+"""What the Triton kernels need on a GPU, and which tiles suit them best.
 
     python tools/triton_kernels.py compile [--arch 80 90] [--kernel-size 7] [--head-dim 32] [--dtype bfloat16]
     python tools/triton_kernels.py tune    [--kernel-size 7] [--head-dim 32] [--dtype bfloat16] [--map 200 320]
@@ -7,8 +7,8 @@
 `compile` needs no GPU: it compiles the kernels for an architecture and prints registers and spilled bytes per thread,
 shared memory per program, instructions in the inner loop per logit, and how many programs fit on one multiprocessor.
 `tune` tries the candidates on the GPU at hand, each checked against the present choice before it is timed, and prints
-the line to paste into `TUNED` of dinat_backbones/ops/triton.py. With TRITON_INTERPRET=1 and --quick it shows on a CPU
-that it runs; the figures then mean nothing.
+the line to paste into `TUNED` of dinat_backbones/ops/backends/triton_backend.py. With TRITON_INTERPRET=1 and --quick
+the tests run it on a CPU, where the figures mean nothing.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from dinat_backbones.ops import triton as op
+from dinat_backbones.ops import BACKENDS
+from dinat_backbones.ops.backends import triton_backend as op
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -60,7 +61,7 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dinat_backbones.ops import triton_kernels
+    from dinat_backbones.ops.backends import triton_kernels
 
     function = getattr(triton_kernels, f"{kernel}_kernel")
     constants = op.constants(kernel_size, head_dim, rpb) | tiles.constants()
@@ -130,7 +131,7 @@ def print_reports(arguments: argparse.Namespace) -> None:
 
 
 def candidates(kernel_size: int, quick: bool) -> Iterator[op.Tiles]:
-    """Cuts whose threads hold 8 to 32 logits at a time and that waste no more than two thirds of the columns."""
+    """Tiles whose threads hold 8 to 32 logits at a time and that waste no more than two thirds of the columns."""
     shapes = [(8, 4), (8, 8), (16, 4), (4, 16), (16, 8)]
     for (rows, columns), at_a_time, warps, stages in itertools.product(shapes, (32, 64), (2, 4, 8), (1, 2, 3)):
         width = op.power_of_two(columns + kernel_size - 1)
@@ -164,10 +165,11 @@ def tune(arguments: argparse.Namespace) -> None:
     qkv, rpb = draw(1, height, width, 3, heads, head_dim), draw(heads, 2 * kernel_size - 1, 2 * kernel_size - 1).float()
     grad_out = draw(1, height, width, heads, head_dim)
     settings = [[qkv], rpb, kernel_size, arguments.dilation, scale]
-    out, lse = torch.ops.dinat_backbones.na2d_triton(*settings)
+    backend = BACKENDS["triton"]
+    out, lse = backend.op(*settings)
     calls = {
-        "forward": lambda: torch.ops.dinat_backbones.na2d_triton(*settings),
-        "query_gradient": lambda: torch.ops.dinat_backbones.na2d_triton_backward(grad_out, out, lse, *settings),
+        "forward": lambda: backend.op(*settings),
+        "query_gradient": lambda: backend.backward_op(grad_out, out, lse, *settings),
     }
     calls["key_gradient"] = calls["query_gradient"]
 
@@ -184,8 +186,8 @@ def tune(arguments: argparse.Namespace) -> None:
         expected = [t.float() for t in calls[kernel]()]
         fastest = milliseconds(calls[kernel])
         print(f"{kernel}: {tuple(best[index])} as it is {fastest:.3f} ms", flush=True)
-        for cut in candidates(kernel_size, arguments.quick):
-            op.TUNED[key] = (*best[:index], cut, *best[index + 1 :])
+        for tiles in candidates(kernel_size, arguments.quick):
+            op.TUNED[key] = (*best[:index], tiles, *best[index + 1 :])
             try:
                 got = [t.float() for t in calls[kernel]()]
                 worst = max((((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)))
@@ -193,15 +195,15 @@ def tune(arguments: argparse.Namespace) -> None:
                     raise RuntimeError(f"differs from the present choice by {worst:.1e}")
                 took = milliseconds(calls[kernel])
             except Exception as error:  # too much shared memory, a compiler that gives up: not a candidate
-                print(f"{kernel}: {tuple(cut)} does not run: {str(error).splitlines()[0]}", flush=True)
+                print(f"{kernel}: {tuple(tiles)} does not run: {str(error).splitlines()[0]}", flush=True)
                 continue
-            print(f"{kernel}: {tuple(cut)} {took:.3f} ms{' *' if took < fastest else ''}", flush=True)
+            print(f"{kernel}: {tuple(tiles)} {took:.3f} ms{' *' if took < fastest else ''}", flush=True)
             if took < fastest:
-                fastest, best[index] = took, cut
+                fastest, best[index] = took, tiles
         op.TUNED[key] = tuple(best)
     where = torch.cuda.get_device_name() if device == "cuda" else "the interpreter: means nothing"
-    cuts = ", ".join(f"Tiles{tuple(cut)}" for cut in best)
-    print(f"    ({kernel_size}, {head_dim}, {dtype}): ({cuts}),  # {where}")
+    chosen = ", ".join(f"Tiles{tuple(tiles)}" for tiles in best)
+    print(f"    ({kernel_size}, {head_dim}, {dtype}): ({chosen}),  # {where}")
 
 
 def main() -> None:

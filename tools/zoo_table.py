@@ -17,11 +17,11 @@ try:
 except ModuleNotFoundError:
     sys.exit(f"{sys.argv[0]}: needs PyYAML: pip install pyyaml")
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "dinat_backbones"))  # without the package around it, which imports torch
-import zoo  # noqa: E402
-import zoo_pages  # noqa: E402
+import zoo_pages
 
+from dinat_backbones import zoo
+
+ROOT = Path(__file__).resolve().parents[1]
 PAPERS = {
     "NAT": ("Neighborhood Attention Transformer", "https://arxiv.org/abs/2204.07143"),
     "DiNAT": ("Dilated Neighborhood Attention Transformer", "https://arxiv.org/abs/2209.15001"),
@@ -32,7 +32,7 @@ INTRODUCTION = """# Model zoo
 
 Results, parameters and MACs (multiply-accumulates, "FLOPs" in the papers) are the published ones; `tools/get_flops.py
 --all` counts both anew. The files are those of the original release. `init_cfg` and `tools/convert_checkpoint.py` read
-them as they are.
+them as they are; `init_cfg` also takes the name of an ImageNet model. Recipes are in the configs.
 """
 
 
@@ -82,6 +82,13 @@ def _model_zoo() -> str:
         _table(
             ("name", "checkpoint"),
             ((name, f"[pth]({url})") for name, url in zoo.PRETRAINED.items() if name not in zoo.CLASSIFICATION),
+        ),
+        "## Dilation settings\n\nOf `dilations=...` beside `arch=...`, for each of the four stages. A deeper stage "
+        "repeats them; a shallower one\ntakes their end.\n",
+        _table(
+            ("name", "for", "kernel", "stage 1", "stage 2", "stage 3", "stage 4", "families"),
+            ((f"`{s.name}`", s.task, s.kernel_size, *(", ".join(map(str, stage)) for stage in s.stages),
+              ", ".join(s.families)) for s in zoo.DILATION_SETTINGS.values()),
         ),
     ]  # fmt: skip
     return "\n".join(sections)

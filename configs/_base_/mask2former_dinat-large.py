@@ -1,17 +1,10 @@
-# What all Mask2Former configs share: the backbone, with 11x11 neighborhoods, and which of its parameters are trained how.
+# What all Mask2Former configs share: the backbone, with 11x11 windows, and the learning rates and decays of parameters.
 dinat_large = dict(
     type="DiNAT",
-    embed_dim=192,
-    depths=[3, 4, 18, 5],
-    num_heads=[6, 12, 24, 48],
-    kernel_size=11,
-    dilations=[[1, 14, 1], [1, 4, 1, 7], [1, 2, 1, 3] * 4 + [1, 3], [1] * 5],
-    mlp_ratio=2.0,
+    arch="dinat_large",
+    dilations="mask2former",
     drop_path_rate=0.3,
-    init_cfg=dict(
-        type="Pretrained",
-        checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth",
-    ),
+    init_cfg=dict(type="Pretrained", checkpoint="dinat_large_21k_11x11"),
 )
 # Of several keys in a parameter's name the longest decides. Norms have no decay; rpb has, as in the original trainer,
 # whose list of exceptions does not know it.

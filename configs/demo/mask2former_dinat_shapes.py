@@ -1,5 +1,5 @@
 # A slim panoptic Mask2Former on the shapes, which are things before a stuff background. `make demo-mask2former` runs
-# it. Besides its size it differs from mmdet's in a larger learning rate and in training all of the backbone at that rate.
+# it. It differs from mmdet's in its size, in a larger learning rate, and in training the backbone at that rate, too.
 _base_ = ["mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py", "_base_/dinat_shapes.py"]
 
 epochs = 10

@@ -17,10 +17,7 @@ model = dict(
         arch="dinat_mini",
         dilations="imagenet-224",
         out_indices=[3],  # alone: its norm is then loaded, too
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth",
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint="dinat_mini"),
     ),
     neck=dict(type="GlobalAveragePooling"),
     head=dict(

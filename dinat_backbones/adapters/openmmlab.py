@@ -24,17 +24,21 @@ except ModuleNotFoundError as error:
         'dinat_backbones.adapters.openmmlab needs mmengine: pip install "dinat_backbones[openmmlab]"', name="mmengine"
     ) from error
 
-from .. import backbone
+from .. import backbone, zoo
 from ..checkpoint import load_backbone
+from ..layers import Block
 from . import mmcv_ext
 from .seeding import seed_everything
 
 mmcv_ext.install()
 
 
-class _Initialized:
-    """Adds `init_cfg` and `pretrained` to a backbone. Comes first among the bases; its super() is the backbone, whose own
-    super() is BaseModule, so that freezing and train() stay the backbone's and the state dict has no prefix."""
+class CheckpointInitMixin:
+    """Adds `init_cfg` and `pretrained` to a backbone.
+
+    The bases of a class are this one, the backbone, and BaseModule, in this order: freezing and train() stay the
+    backbone's, and the state dict has no prefix.
+    """
 
     def __init__(self, *args: Any, pretrained: str | None = None, init_cfg: Any = None, **kwargs: Any):
         if pretrained is not None and init_cfg is not None:
@@ -50,7 +54,7 @@ class _Initialized:
         given, first_call = self.init_cfg, not self.is_init
         cfgs = [given] if isinstance(given, dict) else list(given or [])
         pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", PretrainedInit)]
-        # mmengine's own loader knows neither the layouts of checkpoint.py nor an error where nothing fits
+        # mmengine's own loader knows neither the layouts of our checkpoints nor an error where nothing fits
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained]
         try:
             super().init_weights()  # type: ignore[misc]  # BaseModule has it
@@ -60,9 +64,10 @@ class _Initialized:
             return  # mmengine has warned
         self.is_init = False  # until the checkpoint is in
         for cfg in pretrained:
+            checkpoint: str = cfg["checkpoint"]
             load_backbone(
                 self,
-                cfg["checkpoint"],
+                zoo.PRETRAINED.get(checkpoint, checkpoint),
                 prefix=cfg.get("prefix"),
                 allow_pickle=cfg.get("allow_pickle", False),
                 logger=MMLogger.get_current_instance(),
@@ -74,12 +79,13 @@ class _Initialized:
 
 
 @MODELS.register_module(force=True)
-class NAT(_Initialized, backbone.NAT, BaseModule):
+class NAT(CheckpointInitMixin, backbone.NAT, BaseModule):
     """`dinat_backbones.NAT` with two more arguments.
 
     Args:
-        pretrained: path or http(s) address of a checkpoint (ImageNet, detection or segmentation), loaded when mmengine
-            calls init_weights(), by `checkpoint.load_backbone`.
+        pretrained: a checkpoint (ImageNet, detection or segmentation): its path, its http(s) address, or the name of a
+            published ImageNet one, a key of `zoo.PRETRAINED`. Loaded when mmengine calls init_weights(), by
+            `checkpoint.load_backbone`.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)`` for the same, with `prefix` and `allow_pickle` if needed,
             or other initializers of mmengine. None keeps the random weights of the backbone.
 
@@ -89,12 +95,12 @@ class NAT(_Initialized, backbone.NAT, BaseModule):
 
 
 @MODELS.register_module(force=True)
-class DiNAT(_Initialized, backbone.DiNAT, BaseModule):
+class DiNAT(CheckpointInitMixin, backbone.DiNAT, BaseModule):
     """`dinat_backbones.DiNAT` with the two arguments of `NAT` here."""
 
 
 @MODELS.register_module(force=True)
-class DiNAT_s(_Initialized, backbone.DiNAT_s, BaseModule):
+class DiNAT_s(CheckpointInitMixin, backbone.DiNAT_s, BaseModule):
     """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""
 
 
@@ -127,4 +133,4 @@ class SeedStepsHook(Hook):
 @FUNCTIONS.register_module(force=True)
 def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """`auto_wrap_policy` for FSDP: every transformer block of a backbone is gathered and freed by itself."""
-    return recurse or isinstance(module, backbone.Block)
+    return recurse or isinstance(module, Block)

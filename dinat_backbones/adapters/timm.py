@@ -1,4 +1,4 @@
-"""The published classifiers in timm's registry, so that whatever builds on timm can make, train and cut them up.
+"""The published classifiers in timm's registry, for whatever builds on timm.
 
     import dinat_backbones.adapters.timm
     model = timm.create_model("dinat_mini", pretrained=True, num_classes=10)
@@ -28,7 +28,7 @@ from ..checkpoint import fetch
 from ..checkpoint.loading import bare_state, resize_rpb_to
 
 
-class _ForTimm:
+class TimmMixin:
     """What timm's optimizers, feature extractors and trainers ask of a model, besides what every classifier has."""
 
     @property
@@ -83,14 +83,14 @@ class _ForTimm:
         return wanted
 
 
-CLASSES = {base: type(base.__name__, (_ForTimm, base), {"__doc__": base.__doc__, "__module__": __name__})
+CLASSES = {base: type(base.__name__, (TimmMixin, base), {"__doc__": base.__doc__, "__module__": __name__})
            for base in (*classifier.FAMILIES.values(), classifier.IsotropicClassifier)}  # fmt: skip
 globals().update({made.__name__: made for made in CLASSES.values()})  # where pickles look for them
 
 
 def _pretrained_cfg(row: zoo.Classification | zoo.ImageNet22k) -> dict[str, Any]:
-    pyramid = row.arch in zoo.ARCHS
-    design = None if pyramid else zoo.isotropic(row.arch)
+    staged = row.arch in zoo.ARCHS
+    design = None if staged else zoo.isotropic(row.arch)
     side = row.resolution // (design.patch_size if design else 32)
     return dict(
         url=row.checkpoint,
@@ -101,7 +101,7 @@ def _pretrained_cfg(row: zoo.Classification | zoo.ImageNet22k) -> dict[str, Any]
         interpolation="bicubic",
         mean=tuple(value / 255 for value in zoo.IMAGENET_MEAN),
         std=tuple(value / 255 for value in zoo.IMAGENET_STD),
-        first_conv="patch_embed.proj.0" if pyramid and zoo.ARCHS[row.arch].family != "DiNAT_s" else "patch_embed.proj",
+        first_conv="patch_embed.proj.0" if staged and zoo.ARCHS[row.arch].family != "DiNAT_s" else "patch_embed.proj",
         classifier="head",
         fixed_input_size=design is not None and design.kernel_size is None,
         paper_ids="arXiv:2204.07143" if row.arch.startswith("nat_") else "arXiv:2209.15001",

@@ -11,12 +11,22 @@ tensors into a model, `layouts.py` converts between the programs that wrote them
 
 from .download import fetch
 from .layouts import LAYOUTS, convert
-from .loading import PREFIXES, WRAPPERS, Report, backbone_state, load_backbone, load_classifier, load_model, resize_rpb
-from .reading import Inert, read
+from .loading import (
+    EMA_WRAPPERS,
+    WRAPPERS,
+    Report,
+    backbone_state,
+    load_backbone,
+    load_classifier,
+    load_model,
+    resize_rpb,
+)
+from .objects import Inert
+from .reading import read
 
 __all__ = [
+    "EMA_WRAPPERS",
     "LAYOUTS",
-    "PREFIXES",
     "WRAPPERS",
     "Inert",
     "Report",

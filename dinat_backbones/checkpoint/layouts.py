@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import huggingface, mask2former
-from .loading import WRAPPERS, resize_all_rpb, tensors
+from .loading import EMA_WRAPPERS, WRAPPERS, ema_wrapper, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
 _PYRAMID = "backbone.bottom_up."  # where detectron2 has a backbone with a feature pyramid
@@ -96,7 +96,7 @@ def convert(
     """
     if to not in LAYOUTS:
         raise ValueError(f"layout {to!r}: expected one of {', '.join(LAYOUTS)}")
-    layout, state = LAYOUTS[to], tensors(checkpoint)
+    layout, state = LAYOUTS[to], tensors(checkpoint, ema=True)
     common = _to_common(state, to, things)
     resized = resize_all_rpb({name: tensor for name, (_, tensor) in common.items()}, kernel_size) if kernel_size else {}
     new: dict[str, Tensor] = {}
@@ -114,6 +114,8 @@ def convert(
     note = f"no place in the layout of {layout.description}"
     changes += [Change("dropped", source, note=note) for source in unused]
     meta, more = _meta(checkpoint, layout)
+    if ema := ema_wrapper(checkpoint):
+        more.append(Change("kept", ema, note="the moving average (EMA) of the weights, preferred to the others"))
     return _wrapped(new, meta, to), changes + more
 
 
@@ -230,7 +232,7 @@ def _meta(checkpoint: Mapping[str, Any], layout: Layout) -> tuple[dict[str, Any]
     changes = [
         Change("dropped", str(key), note="not part of the model")
         for key, value in checkpoint.items()
-        if key not in ("meta", *WRAPPERS) and not isinstance(value, Tensor)
+        if key not in ("meta", *WRAPPERS, *EMA_WRAPPERS) and not isinstance(value, Tensor)
     ]
     for key, value in entries.items():
         name = str(key).removeprefix("dataset_meta.").lower()

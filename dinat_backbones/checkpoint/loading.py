@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,45 +13,94 @@ from torch.nn import functional
 
 from .. import zoo
 from . import huggingface
+from .objects import Inert
 from .reading import read
 
-# Where frameworks put the weights inside their checkpoints, in order of preference.
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "state_dict_ema", "model_ema")
-# What training wrappers, detectors and feature pyramids put before the backbone's own keys, outermost first.
-PREFIXES = ("module.", "model.", "backbone.", "bottom_up.")
+# Where frameworks put the weights inside their checkpoints, and where their moving averages (EMA).
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
+EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state")  # timm; DeiT and its kin; d2go
+_COMPILED = "_orig_mod."  # torch.compile puts it before the names of what it compiled
+_AVERAGE_COUNTS = ("steps", "n_averaged")  # beside the weights in an averaged model of mmengine or torch
 _CLASSIFIER = ("norm.", "head.")  # of the published ImageNet files; a backbone has norm0 ... norm3 instead
 _BLOCK = re.compile(r"((?:levels|layers)\.\d+)\.blocks\.(\d+)\.")
 _OUTPUT_NORM = re.compile(r"norm\d+\.")
 
 
-def unwrap(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict inside a checkpoint: what its `WRAPPERS` hold, however often they are nested."""
-    while wrapper := next((name for name in WRAPPERS if isinstance(checkpoint.get(name), Mapping)), None):
+def ema_wrapper(checkpoint: Mapping[str, Any]) -> str:
+    """Under which name a checkpoint has the moving average (EMA) of the weights; "" if it has none."""
+    found = next((name for name in EMA_WRAPPERS if isinstance(checkpoint.get(name), Mapping)), "")
+    # mmengine's EMAHook exchanges the two when it saves: `ema_state_dict` has the weights that are trained
+    swapped = isinstance(checkpoint.get("ema_state_dict"), Mapping) and "state_dict" in checkpoint
+    return found or ("state_dict" if swapped else "")
+
+
+def unwrap(checkpoint: Mapping[str, Any], *, ema: bool = False) -> Mapping[str, Any]:
+    """The state dict inside a checkpoint: what its `WRAPPERS` hold, however often they are nested.
+
+    Args:
+        checkpoint: what `read` returned.
+        ema: the moving average of the weights where there is one (see `ema_wrapper`).
+    """
+    names = (*EMA_WRAPPERS, *WRAPPERS) if ema else (*WRAPPERS, *EMA_WRAPPERS)
+    while wrapper := next((name for name in names if isinstance(checkpoint.get(name), Mapping)), None):
         checkpoint = checkpoint[wrapper]
     return checkpoint
 
 
-def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
-    """The backbone's tensors under the backbone's own names, from a classification, detection or segmentation checkpoint.
+def tensors(checkpoint: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's state dict, without what data-parallel training, averaging and torch.compile add.
 
     Args:
-        checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`), with any of `PREFIXES`, or a file
-            of transformers.
-        prefix: take the keys that start with it, instead of guessing. The classifier (`norm.*`, `head.*`) is dropped.
+        checkpoint, ema: see `unwrap`.
+
+    Raises:
+        ValueError: an array in the state dict has elements that torch does not know, such as numpy's longdouble.
+    """
+    state = {}
+    for key, value in unwrap(checkpoint, ema=ema).items():
+        if isinstance(value, Tensor):
+            state[str(key).replace(_COMPILED, "")] = value
+        elif isinstance(value, Inert) and value.is_numeric:
+            raise ValueError(f"{key} is an array of numpy's {value.arguments[1]}; torch has no such type")
+    counts = [key for key in _AVERAGE_COUNTS if key in state]
+    parallel = len(state) > len(counts) and all(key.startswith("module.") or key in counts for key in state)
+    return {key.removeprefix("module."): state[key] for key in state if key not in counts} if parallel else state
+
+
+def backbone_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
+    """The backbone's tensors under its own names, from a classification, detection or segmentation checkpoint.
+
+    Where the file has a moving average (EMA) of the weights, it is taken.
+
+    Args:
+        checkpoint: what `read` returned: a state dict, bare or wrapped (`WRAPPERS`, `EMA_WRAPPERS`), with anything
+            before the backbone's names (`module.`, `backbone.`, `backbone.bottom_up.`), or a file of transformers.
+        prefix: what stands before the backbone's names, if the file has more than one backbone. The classifier
+            (`norm.*`, `head.*`) is dropped.
+
+    Raises:
+        ValueError: the file has several backbones and no `prefix` chooses one; and what `tensors` raises.
     """
     state = bare_state(checkpoint, prefix)
     return {key: value for key, value in state.items() if not key.startswith(_CLASSIFIER)}
 
 
 def bare_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a state dict behind `prefix` (None: behind those of `PREFIXES` that it has), without it."""
-    state = unwrap(checkpoint)
+    """The tensors of a state dict behind `prefix` (None: what stands before `patch_embed.`), without it."""
+    state = tensors(checkpoint, ema=True)
     if prefix is None and huggingface.find_prefix(state) is not None:
         state = huggingface.from_huggingface(huggingface.split_prefix(state)[0])
-    for start in PREFIXES if prefix is None else (prefix.rstrip(".") + ".",):
-        inside = {key[len(start) :]: value for key, value in state.items() if str(key).startswith(start)}
-        state = inside or (state if prefix is None else {})
-    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if prefix is None:
+        starts = sorted({match[1] for match in map(re.compile(r"(|.*?\.)patch_embed\.").match, state) if match})
+        if len(starts) > 1:
+            raise ValueError(
+                f"the file has {len(starts)} backbones, under {', '.join(repr(start) for start in starts)}: choose one "
+                f"of them, as in prefix={starts[0]!r}"
+            )
+        start = "".join(starts)
+    else:
+        start = prefix and prefix.rstrip(".") + "."
+    return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
 
 
 def resize_rpb(table: Tensor, kernel_size: int) -> Tensor:
@@ -107,6 +156,7 @@ class Report:
     unexpected: tuple[str, ...]
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     resized: tuple[str, ...] = ()  # bias tables among the loaded ones
+    ema: str = ""  # where in the file the moving average of the weights was, which was loaded
 
     @property
     def complete(self) -> bool:
@@ -115,6 +165,8 @@ class Report:
 
     def __str__(self) -> str:
         words = f"loaded {len(self.loaded)} tensors from {self.source}"
+        if self.ema:
+            words += f"; they are the moving average (EMA) that the file has under {self.ema}"
         if self.resized:
             words += f"; {len(self.resized)} rpb tables resized to the model's kernel size"
         if self.missing:
@@ -126,7 +178,7 @@ class Report:
 
 def load_backbone(
     model: nn.Module,
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     prefix: str | None = None,
     allow_pickle: bool = False,
@@ -134,8 +186,9 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), which the report says. A backbone that returns its
-    last stage alone computes what an ImageNet classifier does: its output norm is then that of the classifier.
+    Bias tables of another kernel size are resized (see `resize_rpb`), and a moving average (EMA) of the weights is
+    preferred, which the report says. A backbone that returns its last stage alone computes what an ImageNet classifier
+    does: its output norm is then that of the classifier.
 
     Args:
         model: a backbone; untouched if an error is raised.
@@ -160,7 +213,7 @@ def load_backbone(
             f"{_some(own)}{_hint(state)}"
         )
     resized = resize_rpb_to(own, state)
-    report = _compare(state | resized, own, str(source), tuple(resized))
+    report = _compare(state | resized, own, str(source), tuple(resized), ema_wrapper(checkpoint))
     if differences := _differences(state, own) + _shape_differences(report):
         raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{_hint(state)}")
     model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
@@ -171,7 +224,7 @@ def load_backbone(
 
 def load_classifier(
     model: nn.Module,
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     allow_pickle: bool = False,
     logger: logging.Logger | None = None,
@@ -190,9 +243,10 @@ def load_classifier(
         ValueError: a tensor of the model is not in the file, or the other way round, or shapes differ; and whatever
             `read` raises.
     """
-    own, state = model.state_dict(), bare_state(read(source, allow_pickle=allow_pickle))
+    checkpoint = read(source, allow_pickle=allow_pickle)
+    own, state = model.state_dict(), bare_state(checkpoint)
     resized = resize_rpb_to(own, state)
-    report = _compare(state | resized, own, str(source), tuple(resized))
+    report = _compare(state | resized, own, str(source), tuple(resized), ema_wrapper(checkpoint))
     classes = [len(tensors["head.weight"]) if "head.weight" in tensors else 0 for tensors in (state, own)]
     heads = []
     if classes[0] != classes[1] and classes[0]:
@@ -213,21 +267,34 @@ def load_classifier(
     return report
 
 
-def load_model(model: nn.Module, source: str | os.PathLike, *, allow_pickle: bool = False) -> None:
+def load_model(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    logger: logging.Logger | None = None,
+) -> Report:
     """Load a checkpoint into a whole detector, segmentor or classifier: all of it or an error.
+
+    Where the file has a moving average (EMA) of the weights, it is taken, which the report and the log say.
 
     Args:
         model: untouched if an error is raised.
         source, allow_pickle: see `read`.
+        logger: where the report goes; this module's logger by default.
 
     Raises:
         ValueError: a tensor of the model is not in the file, or the other way round, or shapes differ; and whatever
             `read` raises.
     """
-    state = tensors(read(source, allow_pickle=allow_pickle))
-    if differences := _all_differences(_compare(state, model.state_dict(), str(source))):
+    checkpoint = read(source, allow_pickle=allow_pickle)
+    state = tensors(checkpoint, ema=True)
+    report = _compare(state, model.state_dict(), str(source), ema=ema_wrapper(checkpoint))
+    if differences := _all_differences(report):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(_marked(state, model))
+    model.load_state_dict(_with_version(state, model))
+    (logger or logging.getLogger(__name__)).info("%s", report)
+    return report
 
 
 def _all_differences(report: Report) -> list[str]:
@@ -239,22 +306,19 @@ def _all_differences(report: Report) -> list[str]:
     return differences
 
 
-def _marked(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """A state dict with just the model's names, and the mark that they are those of its present version."""
-    marked = OrderedDict(state)
-    marked._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
-    return marked
-
-
-def tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's state dict; without the `module.` that data-parallel training puts first."""
-    state = {str(key): value for key, value in unwrap(checkpoint).items() if isinstance(value, Tensor)}
-    parallel = bool(state) and all(key.startswith("module.") for key in state)
-    return {key.removeprefix("module."): value for key, value in state.items()} if parallel else state
+def _with_version(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """A state dict of the model's names with the versions of its modules, so that none takes it for an older one."""
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    return versioned
 
 
 def _compare(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, resized: tuple[str, ...] = ()
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: str,
+    resized: tuple[str, ...] = (),
+    ema: str = "",
 ) -> Report:
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
     return Report(
@@ -264,6 +328,7 @@ def _compare(
         unexpected=tuple(key for key in state if key not in own),
         mismatched={key: (theirs, ours) for key, (theirs, ours) in shapes.items() if theirs != ours},
         resized=resized,
+        ema=ema,
     )
 
 
@@ -276,7 +341,7 @@ def _shape_differences(report: Report) -> list[str]:
     return words + ([f"and {more} more shapes differ"] if more else [])
 
 
-def _some(names, count: int = 4) -> str:
+def _some(names: Iterable[str], count: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:count]) + (f", ... ({len(names) - count} more)" if len(names) > count else "")
 

@@ -87,4 +87,6 @@ def load_config(path: str, **keywords: Any) -> Any:
         if error.name != "mmengine":
             raise
         stop('mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
+    from ..adapters import openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators where mmcv lacks them
+
     return Config.fromfile(path, **keywords)

@@ -38,11 +38,8 @@ TOLERANCE, TOLERANCE_CLASSIFIER = 0.002, 0.01
 PARAMS_M = {"dinat_large": 201, "dinat_large_384": 201, "dinat_large_384_11x11": 201, "vitrpb_base": 87}
 PROPOSALS, DETECTIONS = 1000, 100
 MASK2FORMER_SIZE = (800, 800)
-CONFIGS: dict[str, Any] = {
-    row.config: row
-    for row in (*zoo.DETECTION.values(), *zoo.SEGMENTATION.values(), *zoo.MASK2FORMER.values())
-    if row.config
-}
+_ROWS: list[Any] = [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values(), *zoo.MASK2FORMER.values()]
+CONFIGS: dict[str, Any] = {row.config: row for row in _ROWS if row.config}
 NAMES: dict[str, Any] = {**zoo.CLASSIFICATION, **{row.name: row for row in CONFIGS.values()}}
 
 

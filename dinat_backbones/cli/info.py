@@ -111,7 +111,7 @@ def backends() -> Iterator[tuple[str, str]]:
 def instruction_set() -> str:
     """Of the C++ kernel, or why there is none."""
     try:
-        return ops.BACKENDS["cpu"].instruction_set()
+        return str(ops.BACKENDS["cpu"].instruction_set())  # type: ignore[attr-defined]  # only the C++ kernel has one
     except RuntimeError as error:
         return f"none: {error}"
 
@@ -120,7 +120,7 @@ def unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> list[
     """The reasons why a backend cannot run a small call with a bias table."""
     query = torch.zeros(1, 8, 8, 1, 32, dtype=dtype, device=device)
     rpb = torch.zeros(1, 2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE - 1, device=device)
-    return ops.BACKENDS[backend].unsupported(query, query, query, rpb, KERNEL_SIZE, 1, 1.0)
+    return ops.BACKENDS[backend].unsupported([query, query, query], rpb, KERNEL_SIZE, 1, 1.0)
 
 
 def gpus() -> Iterator[tuple[str, str]]:

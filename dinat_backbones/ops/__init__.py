@@ -1,20 +1,25 @@
 """Two-dimensional neighborhood attention with relative positional bias: one signature, several backends."""
 
-import types
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 
-from . import cpu, exportable, natten, reference, tiled, triton
+from . import autocast
+from .backends import BACKENDS, reference
+from .backends.base import Backend
+from .checks import check_call
 
-# In order of preference; the first one with nothing to object runs. `reference` is for reading and for tests.
-BACKENDS: dict[str, types.ModuleType] = {
-    "cpu": cpu,
-    "triton": triton,
-    "natten": natten,
-    "tiled": tiled,
-    "exportable": exportable,
-    "reference": reference,
-}
+__all__ = [
+    "BACKENDS",
+    "neighborhood_attention_2d",
+    "neighborhood_attention_2d_qkvpacked",
+    "neighborhood_attention_2d_with_weights",
+]
+
+logger = logging.getLogger(__name__)
+_logged: set[tuple[str, str]] = set()  # (backend, device type)
+_warned: set[tuple[str, str]] = set()
 
 
 def neighborhood_attention_2d(
@@ -35,7 +40,8 @@ def neighborhood_attention_2d(
     has exactly ``kernel_size ** 2`` keys (NAT, arXiv 2204.07143, section 3.1; DiNAT, arXiv 2209.15001, section 3.2).
 
     Args:
-        query, key, value: ``[B, H, W, heads, head_dim]``, one floating dtype, one device; any strides.
+        query, key, value: ``[B, H, W, heads, head_dim]``, one floating dtype, one device; any strides. Under
+            `torch.autocast` they are cast to its dtype (float64 is not), as for PyTorch's own attention.
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis
             is ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
         kernel_size: odd, at least 3 (1 would attend to itself alone).
@@ -45,14 +51,14 @@ def neighborhood_attention_2d(
 
     Returns:
         ``[B, H, W, heads, head_dim]`` in the dtype of `query`. Softmax and the gradient of `rpb` accumulate in float32
-        (float64 for float64 inputs).
+        (float64 for float64 inputs). Second derivatives and the transforms of `torch.func` are computed in plain
+        PyTorch, with memory and time to match.
 
     Raises:
         ValueError: shapes, sizes or dtypes that do not fit together, an unknown `backend`.
         RuntimeError: `backend` was named but does not support the call; the message holds all its reasons.
     """
-    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, backend)
-    return module.attention(query, key, value, *settings)
+    return _attend((query, key, value), rpb, kernel_size, dilation, scale, backend)
 
 
 def neighborhood_attention_2d_qkvpacked(
@@ -68,62 +74,105 @@ def neighborhood_attention_2d_qkvpacked(
 
     Its gradient comes in one tensor, too, which saves a copy where the backend can do that.
     """
-    if qkv.dim() != 6 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv must be [B, H, W, 3, heads, head_dim]; got {list(qkv.shape)}")
-    query, key, value = qkv.unbind(3)
-    module, settings = _choose(query, key, value, rpb, kernel_size, dilation, scale, backend)
-    if module in (cpu, triton):
-        return module.attention_qkvpacked(qkv, *settings)
-    return module.attention(query, key, value, *settings)
+    return _attend((qkv,), rpb, kernel_size, dilation, scale, backend)
 
 
-def _choose(query, key, value, rpb, kernel_size, dilation, scale, backend) -> tuple[types.ModuleType, tuple]:
-    """The backend that runs this call, and what it wants to know besides query, key and value."""
-    check(query, key, value, rpb, kernel_size, dilation)
-    settings = (rpb, kernel_size, dilation, float(query.shape[-1] ** -0.5 if scale is None else scale))
-    if backend is None and exportable.exporting():
-        return exportable, settings
-    if backend is None:
-        # On a CPU `tiled` is faster than any natten; nobody should pay for its import there
-        candidates = (m for m in BACKENDS.values() if m is not natten or query.is_cuda)
-        return next(m for m in candidates if not m.unsupported(query, key, value, *settings)), settings
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {sorted(BACKENDS)} or None")
-    reasons = BACKENDS[backend].unsupported(query, key, value, *settings)
-    if reasons:
-        raise RuntimeError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}")
-    return BACKENDS[backend], settings
+def neighborhood_attention_2d_with_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rpb: torch.Tensor | None = None,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    scale: float | None = None,
+    dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`neighborhood_attention_2d` and its attention weights, in plain PyTorch.
+
+    Args:
+        dropout: applied to the weights before they multiply the values.
+
+    Returns:
+        The output, and the weights before dropout ``[B, H, W, heads, K, K]`` (rows, then columns of the window) in
+        float32 (float64 for float64 inputs).
+    """
+    check_call((query, key, value), rpb, kernel_size, dilation)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = reference.weights(query, key, rpb, kernel_size, dilation, scale)
+    dropped = weights if dropout is None else dropout(weights)
+    return reference.apply_weights(dropped, value, kernel_size, dilation), weights
 
 
-def check(query, key, value, rpb, kernel_size, dilation) -> None:
-    """Raise a ValueError that names the first thing wrong with a call (arguments as above)."""
-    if kernel_size < 3 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 3")
-    if dilation < 1:
-        raise ValueError(f"dilation={dilation}: expected at least 1")
-    if query.dim() != 5 or query.shape != key.shape or query.shape != value.shape:
-        raise ValueError(
-            "query, key and value must share one shape [B, H, W, heads, head_dim]; got "
-            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    if not (query.dtype == key.dtype == value.dtype and query.is_floating_point()):
-        raise ValueError(
-            f"query, key and value must share one floating dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    devices = {t.device for t in (query, key, value, rpb) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"query, key, value and rpb must be on one device; got {sorted(map(str, devices))}")
-    _, height, width, heads, head_dim = query.shape
-    if heads < 1 or head_dim < 1:
-        raise ValueError(
-            f"expected at least one head and one dimension per head; got heads={heads}, head_dim={head_dim}"
-        )
-    reach = kernel_size * dilation
-    if height < reach or width < reach:
-        raise ValueError(
-            f"a {height}x{width} map is smaller than kernel_size * dilation = {kernel_size} * {dilation} = {reach}; "
-            "zero-pad the input of qkv at the bottom and right first (NeighborhoodAttention2D does)"
-        )
-    span = 2 * kernel_size - 1
-    if rpb is not None and rpb.shape != (heads, span, span):
-        raise ValueError(f"rpb has shape {list(rpb.shape)}; expected [heads, 2K-1, 2K-1] = {[heads, span, span]}")
+def _attend(
+    qkv: Sequence[torch.Tensor],
+    rpb: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float | None,
+    backend: str | None,
+) -> torch.Tensor:
+    check_call(qkv, rpb, kernel_size, dilation)
+    scale = float(qkv[0].shape[-1] ** -0.5 if scale is None else scale)
+    device_type = qkv[0].device.type
+    if autocast.enabled(device_type):
+        qkv = [autocast.cast(tensor) for tensor in qkv]
+        with torch.autocast(device_type, enabled=False):
+            return _run(qkv, rpb, kernel_size, dilation, scale, backend)
+    return _run(qkv, rpb, kernel_size, dilation, scale, backend)
+
+
+def _run(
+    qkv: Sequence[torch.Tensor],
+    rpb: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+    backend: str | None,
+) -> torch.Tensor:
+    chosen = _choose(qkv, rpb, kernel_size, dilation, scale, backend)
+    if len(qkv) == 1 and not chosen.takes_packed_qkv:
+        qkv = qkv[0].unbind(3)
+    return chosen.attention(qkv, rpb, kernel_size, dilation, scale)
+
+
+def _choose(
+    qkv: Sequence[torch.Tensor],
+    rpb: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+    name: str | None,
+) -> Backend:
+    """The backend that runs this call: the named one, or the first that is automatic here and has no objection."""
+    device = qkv[0].device
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend={name!r} is unknown; choose one of {sorted(BACKENDS)} or None")
+        reasons = BACKENDS[name].unsupported(qkv, rpb, kernel_size, dilation, scale)
+        if reasons:
+            raise RuntimeError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
+        return BACKENDS[name]
+    objections: list[tuple[str, list[str]]] = []
+    for name, candidate in BACKENDS.items():
+        if not candidate.automatic(device):
+            continue
+        reasons = candidate.unsupported(qkv, rpb, kernel_size, dilation, scale)
+        if not reasons:
+            if not torch.compiler.is_compiling():
+                _report(name, device, objections)
+            return candidate
+        objections.append((name, reasons))
+    raise RuntimeError(f"no backend runs this call: {objections}")
+
+
+def _report(name: str, device: torch.device, objections: list[tuple[str, list[str]]]) -> None:
+    """Log the choice, once; warn, once, if a faster backend was passed over because its installation is at fault."""
+    if (name, device.type) not in _logged:
+        _logged.add((name, device.type))
+        logger.debug("backend %r runs the calls on %s", name, device.type)
+    for other, reasons in objections:
+        fault = BACKENDS[other].fault(device)
+        if fault and reasons == [fault] and (other, device.type) not in _warned:
+            _warned.add((other, device.type))
+            logger.warning("backend %r runs instead of %r, which is faster: %s", name, other, fault)

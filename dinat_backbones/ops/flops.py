@@ -5,13 +5,14 @@ softmax and activations nothing. torch's own counter does the work here; it has 
 fvcore adds for BatchNorm and resampling, below 0.1 % of any published model, is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
-from . import cpu, triton  # noqa: F401  # define the ops
+from .backends import BACKENDS
+from .registration import CompiledBackend
 
 
 def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bias: bool = True) -> int:
@@ -27,16 +28,16 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
     return tokens * heads * kernel_size**2 * (2 * head_dim + bias)
 
 
-def _na2d(qkv, rpb, kernel_size, *args, **kwargs) -> int:
+def _na2d(qkv: Sequence[torch.Size], rpb: torch.Size | None, kernel_size: int, *args: object, **kwargs: object) -> int:
     batch, height, width, *_, heads, head_dim = qkv[0]  # query, or all three in one
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)
 
 
-def _layer_norm(shape, *args, **kwargs) -> int:
+def _layer_norm(shape: torch.Size, *args: object, **kwargs: object) -> int:
     return 2 * 5 * shape.numel()
 
 
-_OPS = [torch.ops.dinat_backbones.na2d, torch.ops.dinat_backbones.na2d_triton]
+_OPS = [backend.op.overloadpacket for backend in BACKENDS.values() if isinstance(backend, CompiledBackend)]
 # For everyone who uses torch's counter. What `register_flop_formula` is given for ops that are not torch's own is not
 # found again in torch 2.3.
 flop_registry.update(dict.fromkeys(_OPS, shape_wrapper(_na2d)))
@@ -52,4 +53,4 @@ def count_macs(function: Callable[..., Any], *args: Any) -> int:
     """
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         function(*args)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

@@ -1,13 +1,13 @@
-"""The table of published models: architectures, dilation patterns, results, recipes and checkpoint addresses.
-
-Standard library only, so that configs, tools and documentation can read it without torch.
+"""The table of published models: architectures, dilation settings, results and checkpoint addresses.
 
     ARCHS, ISOTROPIC                13 backbones and 6 isotropic models
-    dilations(arch, setting)        the dilation of every block, for a task and resolution
+    DILATION_SETTINGS               the dilations and the kernel size of each task and resolution
+    dilations(arch, setting)        the dilation of every block
     CLASSIFICATION, DETECTION, SEGMENTATION, MASK2FORMER    22 + 21 + 13 + 8 = 64 published rows, keyed by `row.name`
     IMAGENET22K                     classifiers of 21841 classes that the large models began as; not among the 64
     PRETRAINED                      addresses of the ImageNet checkpoints of both, by name
-    backbone_kwargs(row)            the keyword arguments that build a row's backbone
+
+A row's backbone is ``FAMILY(arch=row.arch, dilations=row.dilations)``. How it was trained stands in `row.config`.
 
 Units: `params_m` in millions; `gmacs` in 10^9 multiply-accumulates (what fvcore calls FLOPs); AP, PQ, mIoU and top-1 in
 percent. Numbers are those of the final result tables of the NAT and DiNAT releases; the first preprint differs by up
@@ -16,38 +16,28 @@ to 0.9. Whatever follows from something else (names, addresses, configs, dilatio
 
 from __future__ import annotations
 
-from .archs import (
-    ARCHS,
-    DILATION_SETTINGS,
-    ISOTROPIC,
-    Arch,
-    Isotropic,
-    arch,
-    backbone_kwargs,
-    dilations,
-    find,
-    isotropic,
-)
-from .mask2former import MASK2FORMER, Mask2Former
+from .archs import ARCHS, ISOTROPIC, Arch, Isotropic, arch, find, isotropic
+from .dilation_settings import DILATION_SETTINGS, DilationSetting, dilation_setting, dilations, settings_of
 from .rows import (
-    BOX_HEADS,
     CLASSIFICATION,
     DETECTION,
     IMAGENET22K,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MASK2FORMER,
     PRETRAINED,
     SEGMENTATION,
     Classification,
     Detection,
     ImageNet22k,
+    Mask2Former,
     Segmentation,
 )
 
 __all__ = [
-    "ARCHS", "ISOTROPIC", "Arch", "Isotropic", "arch", "isotropic", "backbone_kwargs", "dilations",
-    "DILATION_SETTINGS", "find",
-    "CLASSIFICATION", "DETECTION", "SEGMENTATION", "MASK2FORMER", "IMAGENET22K", "PRETRAINED", "BOX_HEADS",
+    "ARCHS", "ISOTROPIC", "Arch", "Isotropic", "arch", "isotropic", "find",
+    "DILATION_SETTINGS", "DilationSetting", "dilation_setting", "dilations", "settings_of",
+    "CLASSIFICATION", "DETECTION", "SEGMENTATION", "MASK2FORMER", "IMAGENET22K", "PRETRAINED",
     "IMAGENET_MEAN", "IMAGENET_STD",
     "Classification", "ImageNet22k", "Detection", "Segmentation", "Mask2Former", "Row", "rows",
 ]  # fmt: skip

@@ -1,26 +1,22 @@
-"""Backbones, and the dilations of their blocks in every published setting."""
+"""The published architectures: 13 backbones with stages and 6 isotropic models."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 
-def find(kind: str, name: object, known: Mapping[str, _T]) -> _T:
+def find(what: str, name: object, known: Mapping[str, _T]) -> _T:
     """`known[name]`, or an error that names the value, the nearest known name and all of them."""
     if isinstance(name, str) and name in known:
         return known[name]
     near = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(known)}")
-
-
-# ---------------------------------------------------------------------------------------------------- architectures
+    raise ValueError(f"unknown {what} {name!r}.{hint} Known: {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -97,71 +93,3 @@ def arch(name: str) -> Arch:
 def isotropic(name: str, **changes: Any) -> Isotropic:
     """The isotropic model of that name, with some fields changed; ValueError with the known names otherwise."""
     return replace(find("isotropic model", name, ISOTROPIC), **changes)
-
-
-# -------------------------------------------------------------------------------------------------------- dilations
-
-
-@dataclass(frozen=True)
-class _Pattern:
-    """Dilations of the four stages: cycled to a deeper stage's depth, while a shallower one takes the end of it."""
-
-    stages: tuple[tuple[int, ...], ...]
-    families: tuple[str, ...] = ("DiNAT", "DiNAT_s")
-
-
-# The widest dilation of a stage is about what fits: kernel x dilation <= the stage's map at the training resolution
-# (7 x 8 = 224 / 4, 7 x 28 <= 800 / 4, 11 x 14 <= 640 / 4). Hence the settings: a task, a size and a kernel size.
-_PATTERNS = {
-    "imagenet-224": _Pattern(((1, 8), (1, 4), (1, 2), (1,))),
-    "imagenet-384": _Pattern(((1, 13), (1, 6), (1, 3), (1,))),
-    "imagenet-384-k11": _Pattern(((1, 8), (1, 4), (1, 2), (1,)), ("DiNAT",)),
-    "coco": _Pattern(((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3))),
-    "ade20k-512": _Pattern(((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))),
-    "ade20k-640": _Pattern(((1, 20), (1, 5, 1, 10), (1, 2, 1, 3, 1, 4, 1, 5) * 2 + (1, 5), (1, 2))),
-    "mask2former": _Pattern(((1, 14), (1, 4, 1, 7), (1, 2, 1, 3) * 4 + (1, 3), (1,)), ("DiNAT",)),  # kernel 11
-}
-DILATION_SETTINGS: tuple[str, ...] = tuple(_PATTERNS)
-
-
-def dilations(arch_name: str, setting: str) -> tuple[tuple[int, ...], ...] | None:
-    """The dilation of every block of every stage, published for that setting; None (all ones) for every NAT."""
-    backbone, pattern = arch(arch_name), find("dilation setting", setting, _PATTERNS)
-    if backbone.family == "NAT":
-        return None
-    if backbone.family not in pattern.families:
-        choices = ", ".join(s for s, p in _PATTERNS.items() if backbone.family in p.families)
-        raise ValueError(f"dilation setting {setting!r} was never published for {backbone.family}. Choices: {choices}")
-    return tuple(
-        tuple(islice(cycle(stage[-depth:]), depth))
-        for stage, depth in zip(pattern.stages, backbone.depths, strict=True)
-    )
-
-
-class BackboneOfRow(Protocol):
-    """What a published row says about its backbone."""
-
-    @property
-    def arch(self) -> str: ...
-    @property
-    def dilations(self) -> str: ...
-    @property
-    def kernel_size(self) -> int | None: ...
-    @property
-    def drop_path_rate(self) -> float | None: ...
-
-
-def backbone_kwargs(row: BackboneOfRow) -> dict[str, Any]:
-    """What builds the row's backbone, as plain numbers and lists; an argument that is None for the row is left out."""
-    backbone, pattern = arch(row.arch), dilations(row.arch, row.dilations)
-    kwargs = {
-        "embed_dim": backbone.embed_dim,
-        "depths": list(backbone.depths),
-        "num_heads": list(backbone.num_heads),
-        "kernel_size": row.kernel_size,
-        "dilations": pattern and [list(stage) for stage in pattern],
-        "mlp_ratio": backbone.mlp_ratio,
-        "layer_scale": backbone.layer_scale,
-        "drop_path_rate": row.drop_path_rate,
-    }
-    return {key: value for key, value in kwargs.items() if value is not None}

@@ -1,9 +1,13 @@
-"""Published rows of ImageNet classification, COCO detection and ADE20K segmentation."""
+"""The published results, a row each: ImageNet classification, COCO detection, ADE20K segmentation, Mask2Former.
+
+A row holds what was published about a trained model: its backbone, size, results and checkpoint. How it was trained
+stands in its config (`row.config`, under configs/) alone.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .archs import ARCHS, ISOTROPIC, Arch
 
@@ -29,8 +33,7 @@ class Classification:
     top1: float
     pretraining: str | None = None  # "in22k": fine-tuned from an ImageNet-22k model
     resolution: int = 224
-    kernel_size: int | None = Arch.kernel_size
-    drop_path_rate: float | None = None  # None: not published
+    kernel_size: int | None = Arch.kernel_size  # None: attention over the whole map (ViT-rpb)
     file_tag: str = "in1k"
 
     num_classes: ClassVar[int] = 1000
@@ -45,7 +48,10 @@ class Classification:
         return 0.875 if self.resolution == 224 else 1.0
 
     @property
-    def dilations(self) -> str:
+    def dilations(self) -> str | None:
+        """A key of DILATION_SETTINGS; None for NAT and for isotropic models, which have none."""
+        if self.arch in ISOTROPIC or ARCHS[self.arch].family == "NAT":
+            return None
         return f"imagenet-{self.resolution}" + ("-k11" if self.kernel_size == 11 else "")
 
     @property
@@ -75,8 +81,7 @@ CLASSIFICATION: dict[str, Classification] = {r.name: r for r in (
     Classification("dinat_s_base",   88,  15.4, 83.8),
     Classification("dinat_s_large", 197,  34.5, 86.5, "in22k"),
     Classification("dinat_s_large", 197, 101.5, 87.4, "in22k", 384),
-    *(Classification(*row, kernel_size=ISOTROPIC[row[0]].kernel_size, drop_path_rate=ISOTROPIC[row[0]].drop_path_rate)
-      for row in (
+    *(Classification(*row, kernel_size=ISOTROPIC[row[0]].kernel_size) for row in (
         ("nat_isotropic_small",   22,  4.3, 80.0),
         ("dinat_isotropic_small", 22,  4.3, 80.8),
         ("vitrpb_small",          22,  4.6, 81.2),
@@ -96,12 +101,15 @@ class ImageNet22k:
     num_classes: ClassVar[int] = 21841
     resolution: ClassVar[int] = 224
     crop_fraction: ClassVar[float] = 0.875
-    dilations: ClassVar[str] = "imagenet-224"
-    drop_path_rate: ClassVar[None] = None
 
     @property
     def name(self) -> str:
         return f"{self.arch}_21k" + ("_11x11" if self.kernel_size == 11 else "")
+
+    @property
+    def dilations(self) -> str:
+        """A key of DILATION_SETTINGS; the 11x11 file has those of 224, which are also those of 11x11 at 384."""
+        return "imagenet-384-k11" if self.kernel_size == 11 else "imagenet-224"
 
     @property
     def checkpoint(self) -> str:
@@ -118,41 +126,21 @@ PRETRAINED: dict[str, str] = {name: row.checkpoint for name, row in CLASSIFICATI
 
 
 class Downstream:
-    """What rows of dense tasks share: a backbone that starts from an ImageNet checkpoint."""
+    """What rows of dense tasks share."""
 
     arch: str
-    kernel_size: ClassVar[int] = Arch.kernel_size
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # AdamW
-    samples_per_gpu: ClassVar[int] = 2  # on 8 GPUs: 16 images a step
 
     @property
     def family(self) -> str:
         return ARCHS[self.arch].family
 
-    @property
-    def pretrained(self) -> str:
-        """Key into PRETRAINED: the ImageNet-22k checkpoint where the backbone has one, else the ImageNet-1k one at 224."""
-        return f"{self.arch}_21k" if f"{self.arch}_21k" in PRETRAINED else self.arch
-
 
 # -------------------------------------------------------------------------------------------------- rows: detection
-
-# The box head of each detector, in mmdet's words; a cascade has three of them.
-BOX_HEADS: dict[str, dict[str, Any]] = {
-    "mask_rcnn": {"type": "Shared2FCBBoxHead", "loss_bbox": {"type": "L1Loss", "loss_weight": 1.0}},
-    "cascade_mask_rcnn": {
-        "type": "ConvFCBBoxHead", "num_shared_convs": 4, "num_shared_fcs": 1, "conv_out_channels": 256,
-        "norm_cfg": {"type": "SyncBN", "requires_grad": True}, "reg_decoded_bbox": True,
-        "loss_bbox": {"type": "GIoULoss", "loss_weight": 10.0},
-    },
-}  # fmt: skip
-# Copied from Swin's recipe by most DiNAT_s rows; no backbone has a parameter of the first name.
-_SWIN_NO_DECAY = ("absolute_pos_embed", "rpb", "norm")
 
 
 @dataclass(frozen=True)
 class Detection(Downstream):
-    """COCO val2017, single scale 800 x 1333, with AdamW and the "3x" schedule of the class constants."""
+    """COCO val2017 at a single scale, 800 x 1333, after the "3x" schedule."""
 
     arch: str
     params_m: int
@@ -160,26 +148,18 @@ class Detection(Downstream):
     box_ap: float
     mask_ap: float
     detector: str  # "mask_rcnn" | "cascade_mask_rcnn"
-    drop_path_rate: float
-    lr: float = 1e-4
-    fp16: bool = True
-    no_decay: tuple[str, ...] = ("rpb", "norm")  # substrings of the parameters without weight decay
+    fp16: bool = True  # trained in mixed precision, which the config's name says
 
-    dilations: ClassVar[str] = "coco"
     flops_input: ClassVar[tuple[int, int]] = (1280, 800)  # width, height
-    weight_decay: ClassVar[float] = 0.05
-    epochs: ClassVar[int] = 36
-    lr_drops: ClassVar[tuple[int, ...]] = (27, 33)  # after these epochs, to a tenth
-    warmup_iters: ClassVar[int] = 500  # linear, from this fraction of lr:
-    warmup_ratio: ClassVar[float] = 0.001
 
     @property
     def name(self) -> str:
         return f"{self.detector}_{self.arch}"
 
     @property
-    def original_config(self) -> str:
-        return f"{self.family.lower()}/{self.name}_3x_coco.py"
+    def dilations(self) -> str | None:
+        """A key of DILATION_SETTINGS; None for NAT."""
+        return None if self.family == "NAT" else "coco"
 
     @property
     def config(self) -> str:
@@ -198,28 +178,28 @@ class Detection(Downstream):
 
 
 DETECTION: dict[str, Detection] = {r.name: r for r in (
-    #         backbone          params gmacs   box  mask  detector            drop path
-    Detection("nat_mini",       40,  225, 46.5, 41.7, "mask_rcnn",         0.2),
-    Detection("nat_tiny",       48,  258, 47.7, 42.6, "mask_rcnn",         0.2),
-    Detection("nat_small",      70,  330, 48.4, 43.2, "mask_rcnn",         0.35),
-    Detection("nat_mini",       77,  704, 50.3, 43.6, "cascade_mask_rcnn", 0.2),
-    Detection("nat_tiny",       85,  737, 51.4, 44.5, "cascade_mask_rcnn", 0.3),
-    Detection("nat_small",     108,  809, 52.0, 44.9, "cascade_mask_rcnn", 0.3),
-    Detection("nat_base",      147,  931, 52.3, 45.1, "cascade_mask_rcnn", 0.5),
-    Detection("dinat_mini",     40,  225, 47.2, 42.5, "mask_rcnn",         0.2),
-    Detection("dinat_tiny",     48,  258, 48.6, 43.5, "mask_rcnn",         0.2),
-    Detection("dinat_small",    70,  330, 49.3, 44.0, "mask_rcnn",         0.35),
-    Detection("dinat_mini",     77,  704, 51.2, 44.4, "cascade_mask_rcnn", 0.2),
-    Detection("dinat_tiny",     85,  737, 52.2, 45.1, "cascade_mask_rcnn", 0.3),
-    Detection("dinat_small",   108,  809, 52.9, 45.8, "cascade_mask_rcnn", 0.5),
-    Detection("dinat_base",    147,  931, 53.4, 46.2, "cascade_mask_rcnn", 0.6, lr=7.5e-5),
-    Detection("dinat_large",   258, 1276, 55.3, 47.8, "cascade_mask_rcnn", 0.6, lr=7.5e-5, fp16=False),
-    Detection("dinat_s_tiny",   48,  263, 46.6, 42.1, "mask_rcnn",         0.2,  no_decay=_SWIN_NO_DECAY),
-    Detection("dinat_s_small",  69,  350, 48.6, 43.5, "mask_rcnn",         0.35, no_decay=_SWIN_NO_DECAY),
-    Detection("dinat_s_tiny",   86,  742, 51.0, 44.1, "cascade_mask_rcnn", 0.3,  no_decay=_SWIN_NO_DECAY),
-    Detection("dinat_s_small", 107,  829, 52.3, 45.2, "cascade_mask_rcnn", 0.5,  no_decay=_SWIN_NO_DECAY),
-    Detection("dinat_s_base",  145,  966, 52.6, 45.3, "cascade_mask_rcnn", 0.6, lr=7.5e-5, no_decay=_SWIN_NO_DECAY),
-    Detection("dinat_s_large", 253, 1357, 54.8, 47.2, "cascade_mask_rcnn", 0.6, lr=5e-5),
+    #         backbone          params gmacs   box  mask  detector
+    Detection("nat_mini",       40,  225, 46.5, 41.7, "mask_rcnn"),
+    Detection("nat_tiny",       48,  258, 47.7, 42.6, "mask_rcnn"),
+    Detection("nat_small",      70,  330, 48.4, 43.2, "mask_rcnn"),
+    Detection("nat_mini",       77,  704, 50.3, 43.6, "cascade_mask_rcnn"),
+    Detection("nat_tiny",       85,  737, 51.4, 44.5, "cascade_mask_rcnn"),
+    Detection("nat_small",     108,  809, 52.0, 44.9, "cascade_mask_rcnn"),
+    Detection("nat_base",      147,  931, 52.3, 45.1, "cascade_mask_rcnn"),
+    Detection("dinat_mini",     40,  225, 47.2, 42.5, "mask_rcnn"),
+    Detection("dinat_tiny",     48,  258, 48.6, 43.5, "mask_rcnn"),
+    Detection("dinat_small",    70,  330, 49.3, 44.0, "mask_rcnn"),
+    Detection("dinat_mini",     77,  704, 51.2, 44.4, "cascade_mask_rcnn"),
+    Detection("dinat_tiny",     85,  737, 52.2, 45.1, "cascade_mask_rcnn"),
+    Detection("dinat_small",   108,  809, 52.9, 45.8, "cascade_mask_rcnn"),
+    Detection("dinat_base",    147,  931, 53.4, 46.2, "cascade_mask_rcnn"),
+    Detection("dinat_large",   258, 1276, 55.3, 47.8, "cascade_mask_rcnn", fp16=False),
+    Detection("dinat_s_tiny",   48,  263, 46.6, 42.1, "mask_rcnn"),
+    Detection("dinat_s_small",  69,  350, 48.6, 43.5, "mask_rcnn"),
+    Detection("dinat_s_tiny",   86,  742, 51.0, 44.1, "cascade_mask_rcnn"),
+    Detection("dinat_s_small", 107,  829, 52.3, 45.2, "cascade_mask_rcnn"),
+    Detection("dinat_s_base",  145,  966, 52.6, 45.3, "cascade_mask_rcnn"),
+    Detection("dinat_s_large", 253, 1357, 54.8, 47.2, "cascade_mask_rcnn"),
 )}  # fmt: skip
 
 
@@ -228,11 +208,10 @@ DETECTION: dict[str, Detection] = {r.name: r for r in (
 
 @dataclass(frozen=True)
 class Segmentation(Downstream):
-    """ADE20K val with UPerNet: mIoU at one scale, and over the scales of `tta_ratios` with flip, on whole images.
+    """ADE20K val with UPerNet, on whole images: mIoU at one scale, and over scales of 0.5 to 1.75 times it, with flip.
 
-    `size` is the crop that a row is named after, was measured at and has its dilations from. The released configs of
-    the two `large` rows nevertheless kept the 512 crop and the 2048 x 512 scale of the smaller models, by accident:
-    those are `released_crop` and `released_scale`.
+    `size` is the crop that a row is named after, was measured at and has its dilations from. (The released configs of
+    the two `large` rows kept the 512 crop and the 2048 x 512 scale of the smaller models, by accident.)
     """
 
     arch: str
@@ -240,20 +219,8 @@ class Segmentation(Downstream):
     gmacs: int
     miou_single_scale: float
     miou_multi_scale: float
-    drop_path_rate: float
     size: int = 512
-    fp16: bool = True
-
-    released_crop: ClassVar[tuple[int, int]] = (512, 512)
-    released_scale: ClassVar[tuple[int, int]] = (2048, 512)  # long side, short side
-    tta_ratios: ClassVar[tuple[float, ...]] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    lr: ClassVar[float] = 6e-5
-    weight_decay: ClassVar[float] = 0.01
-    no_decay: ClassVar[tuple[str, ...]] = ("rpb", "norm")
-    iters: ClassVar[int] = 160_000  # lr falls to 0 as a polynomial of this power:
-    poly_power: ClassVar[float] = 1.0
-    warmup_iters: ClassVar[int] = 1500  # linear, from this fraction of lr:
-    warmup_ratio: ClassVar[float] = 1e-6
+    fp16: bool = True  # trained in mixed precision, which the config's name says
 
     @property
     def name(self) -> str:
@@ -261,16 +228,13 @@ class Segmentation(Downstream):
 
     @property
     def scale(self) -> tuple[int, int]:
-        """Long and short side that images are resized to, for training (times 0.5 to 2), testing and counting MACs."""
+        """Long and short side of the single-scale test, at which MACs are counted, too."""
         return 4 * self.size, self.size
 
     @property
-    def dilations(self) -> str:
-        return f"ade20k-{self.size}"
-
-    @property
-    def original_config(self) -> str:
-        return f"{self.family.lower()}/{self.name}_{self.size}x{self.size}_160k_ade20k.py"
+    def dilations(self) -> str | None:
+        """A key of DILATION_SETTINGS; None for NAT."""
+        return None if self.family == "NAT" else f"ade20k-{self.size}"
 
     @property
     def config(self) -> str:
@@ -286,18 +250,80 @@ class Segmentation(Downstream):
 
 
 SEGMENTATION: dict[str, Segmentation] = {r.name: r for r in (
-    #            backbone          params gmacs  mIoU multi drop path
-    Segmentation("nat_mini",       50,  900, 45.1, 46.4, 0.2),
-    Segmentation("nat_tiny",       58,  934, 47.1, 48.4, 0.3),
-    Segmentation("nat_small",      82, 1010, 48.0, 49.5, 0.5),
-    Segmentation("nat_base",      123, 1137, 48.5, 49.7, 0.5),
-    Segmentation("dinat_mini",     50,  900, 45.8, 47.2, 0.2),
-    Segmentation("dinat_tiny",     58,  934, 47.8, 48.8, 0.3),
-    Segmentation("dinat_small",    82, 1010, 48.9, 49.9, 0.5),
-    Segmentation("dinat_base",    123, 1137, 49.6, 50.4, 0.5),
-    Segmentation("dinat_large",   238, 2335, 54.0, 54.9, 0.3, size=640, fp16=False),
-    Segmentation("dinat_s_tiny",   60,  941, 46.0, 47.4, 0.3),
-    Segmentation("dinat_s_small",  81, 1030, 48.6, 49.9, 0.3),
-    Segmentation("dinat_s_base",  121, 1173, 49.4, 50.2, 0.3),
-    Segmentation("dinat_s_large", 234, 2466, 53.4, 54.6, 0.3, size=640),
+    #            backbone          params gmacs  mIoU multi
+    Segmentation("nat_mini",       50,  900, 45.1, 46.4),
+    Segmentation("nat_tiny",       58,  934, 47.1, 48.4),
+    Segmentation("nat_small",      82, 1010, 48.0, 49.5),
+    Segmentation("nat_base",      123, 1137, 48.5, 49.7),
+    Segmentation("dinat_mini",     50,  900, 45.8, 47.2),
+    Segmentation("dinat_tiny",     58,  934, 47.8, 48.8),
+    Segmentation("dinat_small",    82, 1010, 48.9, 49.9),
+    Segmentation("dinat_base",    123, 1137, 49.6, 50.4),
+    Segmentation("dinat_large",   238, 2335, 54.0, 54.9, size=640, fp16=False),
+    Segmentation("dinat_s_tiny",   60,  941, 46.0, 47.4),
+    Segmentation("dinat_s_small",  81, 1030, 48.6, 49.9),
+    Segmentation("dinat_s_base",  121, 1173, 49.4, 50.2),
+    Segmentation("dinat_s_large", 234, 2466, 53.4, 54.6, size=640),
+)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ rows: Mask2Former
+
+_MASK2FORMER_CONFIGS = {
+    "coco/instance-segmentation": "mmdet/dinat/{}_16xb1-lsj-100e_coco.py",
+    "coco/panoptic-segmentation": "mmdet/dinat/{}_16xb1-lsj-100e_coco-panoptic.py",
+    "ade20k/instance-segmentation": "mmdet/dinat/{}_8xb2-160k_ade20k-instance.py",
+    "ade20k/semantic-segmentation": "mmseg/dinat/{}_8xb2-160k_ade20k-640x640.py",
+    "ade20k/panoptic-segmentation": "mmdet/dinat/{}_8xb2-160k_ade20k-panoptic.py",
+    "cityscapes/instance-segmentation": "mmdet/dinat/{}_8xb2-90k_cityscapes-instance.py",
+    "cityscapes/semantic-segmentation": "mmseg/dinat/{}_8xb2-90k_cityscapes-512x1024.py",
+}
+
+
+@dataclass(frozen=True)
+class Mask2Former(Downstream):
+    """Mask2Former in Detectron2, measured on the validation set; `gmacs` is the average over its images.
+
+    PQ, AP (of masks) and mIoU are single-scale; a metric is None where the row has none. The recipe is the YAML file
+    in mask2former/configs/, in the folder of the row's name.
+    """
+
+    dataset: str  # "coco" | "ade20k" | "cityscapes"
+    task: str  # "instance" | "semantic" | "panoptic"
+    gmacs: int
+    num_classes: int
+    pq: float | None = None
+    ap: float | None = None
+    miou: float | None = None
+    miou_multi_scale: float | None = None
+    arch: str = "dinat_large"
+    params_m: int = 220
+
+    dilations: ClassVar[str] = "mask2former"
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}/{self.task}-segmentation"
+
+    @property
+    def checkpoint(self) -> str:
+        return url(f"dinat/checkpoints/m2f/mask2former_{self.arch}_{self.dataset}_{self.task}")
+
+    @property
+    def config(self) -> str | None:
+        """Path under configs/; None for Cityscapes panoptic, which neither mmdet nor mmseg has a data set for."""
+        file = _MASK2FORMER_CONFIGS.get(self.name)
+        return file and file.format(f"mask2former_{self.arch.replace('_', '-')}")
+
+
+MASK2FORMER: dict[str, Mask2Former] = {r.name: r for r in (
+    #           dataset       task      gmacs classes
+    Mask2Former("coco",       "instance", 522,  80, ap=50.8),
+    Mask2Former("ade20k",     "instance", 535, 100, ap=35.4),
+    Mask2Former("cityscapes", "instance", 522,   8, ap=45.1),
+    Mask2Former("ade20k",     "semantic", 518, 150, miou_multi_scale=58.1),
+    Mask2Former("cityscapes", "semantic", 509,  19, miou_multi_scale=84.5),
+    Mask2Former("coco",       "panoptic", 522, 133, pq=58.5, ap=49.2, miou=68.3),
+    Mask2Former("ade20k",     "panoptic", 535, 150, pq=49.4, ap=35.0, miou=56.3),
+    Mask2Former("cityscapes", "panoptic", 522,  19, pq=67.2, ap=44.5, miou=83.4),
 )}  # fmt: skip

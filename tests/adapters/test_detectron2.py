@@ -1,4 +1,4 @@
-"""adapters/detectron2.py: backbones and pyramids in Detectron2's registry, MODEL.DINAT, checkpoints."""
+"""adapters/detectron2/: backbones and pyramids in Detectron2's registry, MODEL.DINAT, checkpoints."""
 
 import logging
 import pickle
@@ -10,7 +10,7 @@ import torch
 
 import dinat_backbones
 from dinat_backbones import zoo
-from helpers import ROOT
+from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
 from detectron2.config import LazyCall, get_cfg, instantiate
@@ -57,14 +57,14 @@ def test_same_features_as_the_plain_backbone(family):
     assert list(features) == ["res2", "res3", "res4", "res5"]
     shapes = model.output_shape()
     for (name, found), wanted in zip(features.items(), expected, strict=True):
-        assert (found - wanted).abs().max() <= 1e-6
+        assert_near([found], [wanted], 1e-6)
         stride = shapes[name].stride
         assert found.shape == (2, shapes[name].channels, -(-70 // stride), -(-93 // stride))
     assert model.size_divisibility == 32
 
 
 def test_defaults_are_the_published_ones():
-    """shown by a config that sets what the published Mask2Former configs set: the backbone of the table comes out"""
+    """A config that sets what the published Mask2Former configs set builds the backbone of the table."""
     cfg = get_cfg()
     adapter.add_dinat_config(cfg)
     dilations = [list(stage) for stage in zoo.dilations("dinat_large", "mask2former")]
@@ -223,7 +223,7 @@ def test_a_missing_checkpoint_says_where_the_published_one_is():
 
 def test_one_sentence_without_detectron2():
     code = "import sys; sys.modules['detectron2'] = None; import dinat_backbones.adapters.detectron2"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
     assert (
         run.stderr.strip().split("\n")[-1].startswith("ModuleNotFoundError: dinat_backbones.adapters.detectron2 needs")
     )

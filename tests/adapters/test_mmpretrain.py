@@ -1,6 +1,5 @@
 """The fine-tuning config, run by mmpretrain on drawn images."""
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT, fill_by_name
+from helpers import ROOT, environment, fill_by_name
 
 pytest.importorskip("mmpretrain", reason="mmpretrain is not installed (it is in the classic stack)")
 from mmengine.config import Config
@@ -61,8 +60,7 @@ def test_fine_tuning_learns(tmp_path):
         "default_hooks = dict(logger=dict(interval=1))\n"
     )
     command = [sys.executable, ROOT / "tools" / "train.py", config, "--work-dir", tmp_path / "work"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), env=environment(), cwd=tmp_path, capture_output=True, text=True)
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-3000:]
     assert re.search(r"loaded \d+ tensors from .*small.pth\n", text)  # all of them, the norm included

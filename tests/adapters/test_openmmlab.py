@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dinat_backbones
-from helpers import ROOT
+from helpers import ROOT, environment
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.logging import MMLogger
@@ -218,7 +218,7 @@ def test_tools_run_the_script_of_the_right_framework(tmp_path, monkeypatch, scop
         (folder / name).write_text(FAKE)
     (tmp_path / "config.py").write_text(f"default_scope = {scope!r}")
     (tmp_path / "A.pth").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", environment(tmp_path)["PYTHONPATH"])
     run = tool(name, "config.py", *arguments, cwd=tmp_path)
     called = run.stdout.strip().splitlines()[-1:]
     assert called == [f"{scope} {name} {['config.py', *expected]}"], run.stdout + run.stderr

@@ -14,7 +14,7 @@ import torch
 
 import dinat_backbones
 from dinat_backbones import DiNAT, DiNAT_s
-from dinat_backbones.checkpoint import backbone_state, fetch, load_backbone, load_model, read, resize_rpb
+from dinat_backbones.checkpoint import Inert, backbone_state, fetch, load_backbone, load_model, read, resize_rpb
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 
@@ -209,8 +209,8 @@ def test_layer_scale_of_the_model_only_is_refused(tmp_path, weights):
 
 
 def test_published_architecture_is_named(tmp_path):
-    path = save(tmp_path, {"state_dict": DiNAT("dinat_tiny").state_dict()})
-    refused(DiNAT("dinat_mini"), path, "levels.2 has 18 blocks in the file and 6 in the model", "dinat_tiny")
+    path = save(tmp_path, {"state_dict": DiNAT("dinat_tiny", dilations="coco").state_dict()})
+    refused(DiNAT("dinat_mini", dilations="coco"), path, "levels.2 has 18 blocks in the file and 6 in the model", "dinat_tiny")
 
 
 @pytest.mark.parametrize(
@@ -254,9 +254,10 @@ def test_code_in_a_pickle_does_not_run(tmp_path, weights, legacy):
 
 
 def test_getattr_of_a_pickle_reaches_nothing(tmp_path, weights):
-    """mmengine's own files call `getattr`; here it must lead nowhere: neither to a value nor to something to call."""
+    """mmengine's own files call `getattr`; here it must lead to no value and to nothing that does anything."""
     found = read(save(tmp_path, {"a": Trap(getattr, {}, "update"), "state_dict": weights}))["a"]
-    assert not callable(found) and not vars(found)
+    assert isinstance(found, Inert) and isinstance(found("anything"), Inert)
+    assert found.name == "builtins.getattr" and found.arguments == ({}, "update") and found.state is None
 
 
 def test_mmengine_bookkeeping_is_read_without_code(tmp_path, weights):
@@ -267,7 +268,7 @@ def test_mmengine_bookkeeping_is_read_without_code(tmp_path, weights):
     path = save(tmp_path, {"meta": {"epoch": 1}, "state_dict": with_prefix(weights, "backbone."), "message_hub": hub})
     script = (
         "import sys; sys.modules['mmengine'] = None\n"
-        "from dinat_backbones.checkpoint import backbone_state, read\n"
+        "from dinat_backbones.checkpoint import Inert, backbone_state, read\n"
         "file = read(sys.argv[1]); print(file['meta'], len(backbone_state(file)), 'mmengine.logging' in sys.modules)"
     )
     root = os.path.dirname(os.path.dirname(dinat_backbones.__file__))

@@ -1,4 +1,4 @@
-"""tools/export.py and ops/exportable.py: exported models equal the eager ones, at sizes the export never saw."""
+"""`dinat export` and the backend that it uses: exported models equal the eager ones, at sizes the export never saw."""
 
 import sys
 
@@ -6,11 +6,9 @@ import pytest
 import torch
 
 import dinat_backbones
-from dinat_backbones.ops import exportable
-from helpers import ROOT, draw, fill_by_name, run, sample
-
-sys.path.insert(0, str(ROOT / "tools"))
-import export  # noqa: E402
+from dinat_backbones.cli import export
+from dinat_backbones.ops import padding, symbolic
+from helpers import draw, fill_by_name, run, sample
 
 SMALL = dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[5], [2]], mlp_ratio=2.0)
 needs_export = pytest.mark.skipif(
@@ -70,9 +68,10 @@ def test_fixed_size_through_the_tool(tmp_path, monkeypatch, capsys):
 
 def test_nothing_changes_without_export():
     query = torch.zeros(1, 9, 9, 1, 8)
-    assert exportable.exporting() is False
-    assert exportable.opened(5, 1) == 5 and exportable.padding(9, 12) == 3 and exportable.padding(12, 9) == 0
-    assert torch.equal(exportable.crop(query, 4, 5), query[:, :4, :5])
+    assert symbolic.exporting() is False
+    assert symbolic.new_size(5, 1) == 5
+    assert padding.positions_missing(9, 12) == 3 and padding.positions_missing(12, 9) == 0
+    assert torch.equal(padding.crop(query, 4, 5), query[:, :4, :5])
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 6])
@@ -103,8 +102,8 @@ def test_bad_arguments(arguments, message, capsys, monkeypatch, tmp_path):
 def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr(export.importlib, "import_module", _no_onnx)
-    with pytest.raises(export.Error, match=r'onnx is not installed: pip install "dinat_backbones\[export\]"'):
-        export._needed("onnx")
+    with pytest.raises(export.ExportError, match=r'onnx is not installed: pip install "dinat_backbones\[export\]"'):
+        export._optional_package("onnx")
 
 
 def _no_onnx(name):

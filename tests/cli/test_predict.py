@@ -1,6 +1,5 @@
-"""tools/predict.py over drawn scenes: instances, semantic and panoptic maps of small models in both frameworks."""
+"""`dinat predict` on drawn scenes: instances, semantic and panoptic maps of small models of mmdet and mmseg."""
 
-import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT
+from helpers import ROOT, environment
 
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
@@ -19,10 +18,10 @@ import mmseg
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from dinat_backbones.cli import predict, shapes
+from dinat_backbones.cli.predict_openmmlab import load_predictor
+
 MMSEG = Path(mmseg.__file__).parent / ".mim" / "configs" / "_base_"  # "mmseg::" needs the package's original name
-sys.path.insert(0, str(ROOT / "tools"))  # which is no package
-predict = importlib.import_module("predict")
-shapes = importlib.import_module("make_shapes")
 
 BACKBONE = """
 custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
@@ -104,7 +103,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("kind", MODELS_OF)
 def test_what_is_found_is_drawn_and_named(tmp_path, images, kind):
-    run = predict.load_predictor(*saved_model(tmp_path, kind), device="cpu", score=0.0)
+    run = load_predictor(*saved_model(tmp_path, kind), device="cpu", score=0.0)
     words = run(images / "a.jpg", tmp_path / "out" / "a.jpg")
     names = set(re.findall("[a-z]+", words))
     assert names and names <= {*shapes.CLASSES, shapes.BACKGROUND}, words
@@ -119,33 +118,35 @@ def test_classes_and_colours_are_those_of_the_config(tmp_path, images):
         torch.nn.init.zeros_(model.decode_head.conv_seg.weight)
         model.decode_head.conv_seg.bias.data = torch.tensor([0.0, 9, 0, 0])
 
-    run = predict.load_predictor(*saved_model(tmp_path, "semantic", all_triangles), device="cpu")
+    run = load_predictor(*saved_model(tmp_path, "semantic", all_triangles), device="cpu")
     assert run(images / "below/b.png", tmp_path / "out.png") == "triangle"
     change = pixels(tmp_path / "out.png") - pixels(images / "below/b.png")
     assert change[..., 2].mean() > 30 > 0 > change[..., 0].mean()  # towards blue
 
 
-def test_a_folder_is_finished_in_several_runs(tmp_path, images):
+def test_a_folder_is_finished_in_several_runs(tmp_path, images, monkeypatch, capsys):
     config, checkpoint = saved_model(tmp_path, "instances")
     out = tmp_path / "out"
 
-    def command(*more, source=images, code=0):
-        words = [source, "--config", config, "--checkpoint", checkpoint, "--out", out, *more]
-        run = subprocess.run([sys.executable, ROOT / "tools/predict.py", *words], capture_output=True, text=True)
-        assert run.returncode == code, run.stdout + run.stderr
-        return run
+    def words(*more, source=images):
+        return [*map(str, (source, "--config", config, "--checkpoint", checkpoint, "--out", out)), *more]
 
-    first = command(code=1)
+    # the first one in a process of its own
+    command = [sys.executable, ROOT / "tools/predict.py", *words()]
+    first = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert first.returncode == 1, first.stdout + first.stderr
     assert "[2/3] below/b.png: " in first.stdout and "[3/3] broken.jpg: NOT READ" in first.stdout
     assert first.stderr.strip().splitlines()[-1] == "1 of 3 images could not be read"
     done = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
     assert {path.relative_to(out).as_posix() for path in done} == {"a.jpg", "below/b.png"}
     (out / "a.jpg").unlink()
-    second = command(code=1)
-    assert "1 of 3 images are there already" in second.stdout and "a.jpg: " in second.stdout
+    with pytest.raises(SystemExit, match="1 of 2 images could not be read"):
+        predict.main(words())
+    second = capsys.readouterr().out
+    assert "1 of 3 images are there already" in second and "a.jpg: " in second
     assert (out / "below/b.png").stat().st_mtime_ns == done[out / "below/b.png"]
-    third = command("--force", source=images / "below" / "b.png")
-    assert "[1/1] b.png: " in third.stdout
+    predict.main(words("--force", source=images / "below" / "b.png"))
+    assert "[1/1] b.png: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,7 @@ def test_a_folder_is_finished_in_several_runs(tmp_path, images):
         (dict(checkpoint="nowhere.pth"), "checkpoint nowhere.pth is not there"),
         (dict(checkpoint="part.pth"), "tensors are not in the file: backbone."),
         (dict(out="source"), "is where the images are"),
+        (dict(task="semantic"), "--task semantic is for YAML configs of Detectron2"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, images, monkeypatch, capsys, change, message):
@@ -167,7 +169,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, images, monkeypa
     (tmp_path / "config.py").write_text(MODELS_OF["instances"])
     torch.save({"state_dict": {"a": torch.ones(1)}}, "part.pth")
     given = dict(source="source", config="config.py", checkpoint="part.pth", out="out") | change
-    options = [word for name in ("config", "checkpoint", "out") for word in (f"--{name}", given[name])]
+    options = [word for name in given if name != "source" for word in (f"--{name}", given[name])]
     monkeypatch.setattr(sys, "argv", ["predict.py", given["source"], *options])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as caught:

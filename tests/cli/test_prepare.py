@@ -1,7 +1,6 @@
-"""tools/prepare_datasets.py against brute force from the sources, and against the frameworks' own tables of classes."""
+"""`dinat prepare` against brute force from the sources, and against the frameworks' own tables of classes."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,14 +9,13 @@ import pytest
 from PIL import Image
 
 from dinat_backbones.zoo import ade20k
-from helpers import ROOT
+from helpers import ROOT, environment
 
-sys.path.insert(0, str(ROOT / "tools"))
+pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
+from pycocotools import mask as coco_mask
 
-coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed: pip install pycocotools")
-
-import make_shapes  # noqa: E402
-import prepare_datasets as prepare  # noqa: E402
+from dinat_backbones.cli import prepare
+from dinat_backbones.cli.shapes import make_shapes
 
 
 @pytest.fixture
@@ -47,7 +45,7 @@ def content(folder):
 @pytest.fixture
 def coco(tmp_path):
     """Shapes where COCO's files would be."""
-    make_shapes.make_shapes(tmp_path / "shapes", train=1, val=3, size=48, layouts=["coco-panoptic"])
+    make_shapes(tmp_path / "shapes", train=1, val=3, size=48, layouts=["coco-panoptic"])
     base = tmp_path / "root" / "coco"
     (base / "annotations").mkdir(parents=True)
     (tmp_path / "shapes" / "annotations" / "panoptic_val").rename(base / "panoptic_val2017")
@@ -65,7 +63,7 @@ def coco(tmp_path):
 def test_coco_label_maps(coco, run):
     """Pixel by pixel: the class of the segment, counted in the order of the categories."""
     out = run(coco.parent, "coco", "--workers", "2")
-    assert "panoptic_semseg_val2017: 3/3" in out and out.endswith("coco val: everything is there\n")
+    assert "panoptic_semseg_val2017: 3/3" in out and out.endswith("coco val: complete\n")
     annotations = json.loads((coco / "annotations" / "panoptic_val2017.json").read_text())
     order = [category["id"] for category in annotations["categories"]]
     seen = set()
@@ -106,12 +104,12 @@ def test_foreign_images_are_refused_and_nothing_half_is_left(coco, run):
     second = coco / "panoptic_val2017" / "000001.png"
     Image.new("RGB", (48, 48), (1, 2, 3)).save(second)
     message = run(coco.parent, "coco", code=1)
-    assert "000001.png has the segments [197121], which its annotations don't know" in message
+    assert "000001.png has the segments [197121], which its annotations do not list" in message
     assert {path.name for path in (coco / "panoptic_semseg_val2017").iterdir()} <= {"000000.png", "000002.png"}
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), prepare.complete(tmp_path / "sub" / "map.png") as name:
+    with pytest.raises(KeyboardInterrupt), prepare.atomic_write(tmp_path / "sub" / "map.png") as name:
         name.write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list((tmp_path / "sub").iterdir())
@@ -225,9 +223,13 @@ def test_classes_of_ade20k_are_mmdets():
 
 
 def test_classes_of_ade20k_are_mask2formers():
-    reason = "Mask2Former is not installed: make setup-classic"
-    instance = pytest.importorskip("mask2former.data.datasets.register_ade20k_instance", reason=reason)
-    panoptic = pytest.importorskip("mask2former.data.datasets.register_ade20k_panoptic", reason=reason)
+    try:
+        import dinat_backbones.adapters.detectron2.maskformer_compat  # noqa: F401  # without its CUDA op, too
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    import mask2former.data.datasets.register_ade20k_instance as instance
+    import mask2former.data.datasets.register_ade20k_panoptic as panoptic
+
     assert {category["id"]: category["name"] for category in instance.ADE_CATEGORIES} == ade20k.THING_NAMES
     for category in panoptic.ADE20K_150_CATEGORIES:
         assert category["isthing"] == (category["id"] in ade20k.THINGS)
@@ -274,9 +276,9 @@ def test_cityscapes(city, run):
 @pytest.mark.parametrize(
     "dataset, words",
     [
-        ("coco", "panoptic_val2017.json is not there; get panoptic_annotations_trainval2017.zip"),
-        ("ade20k", "ADEChallengeData2016 is not there; get ADEChallengeData2016.zip"),
-        ("cityscapes", "gtFine is not there; get gtFine_trainvaltest.zip"),
+        ("coco", "panoptic_val2017.json does not exist; get panoptic_annotations_trainval2017.zip"),
+        ("ade20k", "ADEChallengeData2016 does not exist; get ADEChallengeData2016.zip"),
+        ("cityscapes", "gtFine does not exist; get gtFine_trainvaltest.zip"),
     ],
 )
 def test_missing_downloads_are_named(tmp_path, dataset, words, run):
@@ -287,7 +289,5 @@ def test_missing_downloads_are_named(tmp_path, dataset, words, run):
 
 def test_command_line(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "prepare_datasets.py"), "coco"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"DETECTRON2_DATASETS": str(tmp_path)}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(DETECTRON2_DATASETS=str(tmp_path)))
     assert done.returncode == 1 and str(tmp_path / "coco" / "annotations") in done.stderr

@@ -1,6 +1,5 @@
-"""tools/validate.py over drawn images: the count by hand, resuming, and what it says where something is wrong."""
+"""`dinat validate` on drawn images: counts by hand, resuming, and error messages."""
 
-import importlib
 import json
 import signal
 import subprocess
@@ -12,16 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import ROOT, fill_by_name
+from helpers import environment, fill_by_name
 
 pytest.importorskip("torchvision", reason="torchvision is not installed: pip install torchvision")
 from dinat_backbones import create_classifier, zoo
-
-sys.path.insert(0, str(ROOT / "tools"))  # which is no package
-validate = importlib.import_module("validate")
+from dinat_backbones.cli import validate
 
 MODEL, CLASSES, EACH = "dinat_mini", ["ant", "bee", "cat", "dog", "elk", "fox"], 3
-# run with the tool in place of its model: as its own process has to
+# as text, for a process of its own, too
 SMALL = """
 from dinat_backbones.classifier import DiNATClassifier
 
@@ -110,14 +107,14 @@ def test_counts_as_by_hand_and_goes_on(tool, folder, checkpoint, expected, tmp_p
             raise KeyboardInterrupt
 
     monkeypatch.setattr(validate, "write_state", interrupted)
-    assert "stopped after 10 of 18 images; the same command goes on" in tool(*words)
+    assert "stopped after 10 of 18 images; the same command continues" in tool(*words)
     (state,) = states(tmp_path).values()
     assert state["done"] == 10
     assert tool(*words) is None
     assert batches == [5, 10, 15, 18]
     assert list(states(tmp_path).values()) == [expected]
     text = capsys.readouterr().out
-    assert "going on after 10 of 18 images" in text
+    assert "continuing after 10 of 18 images" in text
     line = f"top-1 {100 * expected['top1'] / 18:.2f}, top-5 {100 * expected['top5'] / 18:.2f}"
     assert text.endswith(f"{MODEL}: {line}\n")
     assert tool(*words) is None  # a third time nothing is left
@@ -126,11 +123,11 @@ def test_counts_as_by_hand_and_goes_on(tool, folder, checkpoint, expected, tmp_p
 
 
 def test_killed_run_leaves_a_whole_state(tool, folder, checkpoint, expected, tmp_path):
-    code = f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]\nimport validate{SMALL}"
+    code = f"from dinat_backbones.cli import validate{SMALL}"
     code += "validate.create_classifier = small\nvalidate.main()"
     words = [folder, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--batch-size", 1, "--workers"]
     command = [sys.executable, "-c", code, *map(str, words), "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     deadline = time.monotonic() + 120
     while not states(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -242,7 +239,7 @@ def broken(folder, tmp_path):
         (["damaged", MODEL], "expected its 1000 folders named by WordNet ids such as n01440764, found 1: ant"),
         (["damaged", "dinat_large_21k"], "a classifier of 21841 classes"),
         (["damaged", MODEL, "--checkpoint", "x.pth"], "checkpoint x.pth is not there"),
-        (["damaged", "dinat_minni"], "'dinat_minni' is none of the models: nat_mini, "),
+        (["damaged", "dinat_minni"], "'dinat_minni' is not a published model; choose from: nat_mini, "),
         (["damaged"], "give models, or --table for all of them"),
         (["damaged", MODEL, "nat_mini", "--checkpoint", "x.pth"], "has the weights of one model, and 2 were named"),
         (["damaged", MODEL, "--batch-size", "0"], "--batch-size must be at least 1"),

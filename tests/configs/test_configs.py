@@ -14,8 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
+import dinat_backbones
 from dinat_backbones import zoo
-from helpers import ROOT
+from helpers import PUBLISHED, ROOT
 
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
@@ -34,6 +35,7 @@ CONFIGS = ROOT / "configs"
 DETECTION, SEGMENTATION = list(zoo.DETECTION.values()), list(zoo.SEGMENTATION.values())
 MASK2FORMER = [row for row in zoo.MASK2FORMER.values() if row.config]
 ALL = [*DETECTION, *SEGMENTATION, *MASK2FORMER]
+TTA_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of the published multi-scale test
 NOT_PUBLISHED = {
     "mmseg/dinat/dinat-tiny_upernet_8xb2-amp-80k_cityscapes-512x1024.py",
     "mmseg/dinat/dinat-large_upernet_8xb2-80k_cityscapes-512x1024.py",
@@ -42,6 +44,34 @@ NOT_PUBLISHED = {
 
 def rows(table):
     return pytest.mark.parametrize("row", table, ids=lambda row: row.name)
+
+
+def published(row):
+    """The recipe and the results of a row, from the original release."""
+    if isinstance(row, zoo.Mask2Former):
+        return PUBLISHED["mask2former"][row.name]
+    table = PUBLISHED["detection" if isinstance(row, zoo.Detection) else "segmentation"]
+    return table[f"{row.family.lower()}/{row.name}"]
+
+
+def published_backbone(row):
+    """The arguments of a row's backbone in the original release, and its class."""
+    fact = published(row)
+    if not isinstance(row, zoo.Mask2Former):
+        return dict(fact["backbone"])
+    config = fact["detectron2_config_over_defaults"]
+    prefix = "MODEL.DINAT."
+    own = {key.removeprefix(prefix).lower(): value for key, value in config.items() if key.startswith(prefix)}
+    return dict(type="DiNAT", mlp_ratio=2.0, **own)  # 2.0 is the default there
+
+
+def published_optimizer(row):
+    fact = published(row)
+    if isinstance(row, zoo.Mask2Former):
+        solver = fact["detectron2_config_over_defaults"]
+        values = {"lr": solver["SOLVER.BASE_LR"], "weight_decay": solver["SOLVER.WEIGHT_DECAY"]}
+        return {"type": "AdamW", "betas": [0.9, 0.999], **values}
+    return {key: value for key, value in fact["optimizer"].items() if key != "paramwise_cfg"}
 
 
 @functools.cache
@@ -108,18 +138,32 @@ def test_backbone_optimizer_and_batch_size(row):
     cfg = load(row)
     assert cfg.default_scope == row.config.split("/")[0]
     assert Path(row.config).parent.name == row.family.lower()
-    # Mask2Former's 11x11 backbone starts from the 7x7 weights; there is a file with the tables resized
-    pretrained = row.pretrained + ("_11x11" if row.kernel_size == 11 else "")
-    init_cfg = dict(type="Pretrained", checkpoint=zoo.PRETRAINED[pretrained])
-    assert plain(cfg.model.backbone) == dict(zoo.backbone_kwargs(row), type=row.family, init_cfg=init_cfg)
+    fact = published(row)
+    assert {"arch", "dilations", "drop_path_rate"} >= cfg.model.backbone.keys() - {"type", "init_cfg"}  # no numbers
+    arguments = published_backbone(row)
+    expected = getattr(dinat_backbones, arguments.pop("type"))
+    with torch.device("meta"):
+        backbone, expected = MODELS.build(cfg.model.backbone), expected(**arguments)
+    assert isinstance(backbone, type(expected)) and backbone.dilations == expected.dilations
+    assert str(backbone).partition("\n")[2] == str(expected).partition("\n")[2]
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == {
+        k: v.shape for k, v in expected.state_dict().items()
+    }
+    init_cfg = plain(cfg.model.backbone.init_cfg)
+    assert init_cfg.keys() == {"type", "checkpoint"} and init_cfg["type"] == "Pretrained"
+    if row in MASK2FORMER:  # starts from the 7x7 weights; there is a file with the tables resized
+        assert init_cfg["checkpoint"] == "dinat_large_21k_11x11"
+        assert fact["detectron2_config_over_defaults"]["MODEL.WEIGHTS"] == "dinat_large_in22k_224.pkl"
+    else:
+        assert zoo.PRETRAINED[init_cfg["checkpoint"]] == fact["pretrained"]
 
-    optimizer = cfg.optim_wrapper.optimizer
-    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", row.lr, row.weight_decay)
-    assert tuple(optimizer.betas) == row.betas
-    assert (cfg.optim_wrapper.type == "AmpOptimWrapper") is row.fp16 is ("amp-" in row.config)
-    assert cfg.auto_scale_lr.base_batch_size == 8 * row.samples_per_gpu == 16
-    gpus, batch_size = (1, 16) if "16xb1" in row.config else (row.samples_per_gpu, 8)
-    assert cfg.train_dataloader.batch_size == gpus and gpus * batch_size == 16
+    optimizer, adamw = cfg.optim_wrapper.optimizer, published_optimizer(row)
+    assert {key: plain(optimizer[key]) for key in adamw} == adamw
+    fp16 = False if row in MASK2FORMER else fact["fp16"]
+    assert (cfg.optim_wrapper.type == "AmpOptimWrapper") is fp16 is ("amp-" in row.config)
+    assert cfg.auto_scale_lr.base_batch_size == 8 * fact.get("samples_per_gpu", 2) == 16
+    batch_size, gpus = (1, 16) if "16xb1" in row.config else (2, 8)
+    assert cfg.train_dataloader.batch_size == batch_size and batch_size * gpus == 16
 
     pre = cfg.model.data_preprocessor
     assert (tuple(pre.mean), tuple(pre.std), pre.bgr_to_rgb) == (zoo.IMAGENET_MEAN, zoo.IMAGENET_STD, True)
@@ -130,9 +174,11 @@ def test_backbone_optimizer_and_batch_size(row):
     if row in MASK2FORMER:
         return
     without = {name for name, group in groups.items() if group["weight_decay"] == 0}
-    assert without == {name for name in groups if any(word in name for word in row.no_decay)} != set()
-    assert {group["weight_decay"] for group in groups.values()} == {0, row.weight_decay}
-    assert {group["lr"] for group in groups.values()} == {row.lr}
+    no_decay = fact["optimizer"]["paramwise_cfg"]["custom_keys"]
+    assert set(map(str, no_decay.values())) == {"{'decay_mult': 0.0}"}
+    assert without == {name for name in groups if any(word in name for word in no_decay)} != set()
+    assert {group["weight_decay"] for group in groups.values()} == {0, adamw["weight_decay"]}
+    assert {group["lr"] for group in groups.values()} == {adamw["lr"]}
 
 
 # ------------------------------------------------------------------------------------------------------------ detection
@@ -140,17 +186,19 @@ def test_backbone_optimizer_and_batch_size(row):
 
 @rows(DETECTION)
 def test_detection(row):
-    cfg = load(row)
+    cfg, fact = load(row), published(row)
+    schedule, epochs = fact["lr_config"], fact["runner"]["max_epochs"]
     warmup, drops = cfg.param_scheduler
-    assert (warmup.type, warmup.end, warmup.start_factor) == ("LinearLR", row.warmup_iters, row.warmup_ratio)
-    assert (drops.type, tuple(drops.milestones), drops.gamma) == ("MultiStepLR", row.lr_drops, 0.1)
-    assert (warmup.by_epoch, drops.by_epoch, drops.end) == (False, True, row.epochs)
-    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ("EpochBasedTrainLoop", row.epochs)
+    assert (warmup.end, warmup.start_factor) == (schedule["warmup_iters"], schedule["warmup_ratio"])
+    assert (warmup.type, schedule["policy"], schedule["warmup"]) == ("LinearLR", "step", "linear")
+    assert (drops.type, plain(drops.milestones), drops.gamma) == ("MultiStepLR", schedule["step"], 0.1)
+    assert (warmup.by_epoch, drops.by_epoch, drops.end) == (False, True, epochs)
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ("EpochBasedTrainLoop", epochs)
     heads = cfg.model.roi_head.bbox_head
     heads = heads if isinstance(heads, list) else [heads]
     assert len(heads) == {"mask_rcnn": 1, "cascade_mask_rcnn": 3}[row.detector]
     for head in heads:
-        assert plain(head) == plain(head) | zoo.BOX_HEADS[row.detector]
+        assert plain(head) == plain(head) | fact["bbox_head"]
     # a later stage of a cascade refines more finely
     deviations = [head.bbox_coder.target_stds[0] for head in heads]
     assert deviations == [0.1, 0.05, 0.033][: len(heads)]
@@ -234,19 +282,20 @@ def test_boxes_at_several_scales(tmp_path):
 
 @rows(SEGMENTATION)
 def test_segmentation(row):
-    cfg = load(row)
+    cfg, fact = load(row), published(row)
     head, auxiliary = cfg.model.decode_head, cfg.model.auxiliary_head
     widths = [zoo.ARCHS[row.arch].embed_dim * 2**stage for stage in range(4)]
     assert (head.type, head.channels, head.num_classes, head.in_channels) == ("UPerHead", 512, 150, widths)
     assert (auxiliary.type, auxiliary.channels, auxiliary.num_classes) == ("FCNHead", 256, 150)
     assert (auxiliary.in_index, auxiliary.in_channels) == (2, widths[2])
     assert (head.loss_decode.loss_weight, auxiliary.loss_decode.loss_weight) == (1.0, 0.4)
-    assert cfg.model.test_cfg.mode == "whole"
+    assert plain(cfg.model.test_cfg) == fact["test_cfg"] == dict(mode="whole")
 
     train = cfg.train_dataloader.dataset.pipeline
     assert [entry.type for entry in train[2:]] == [
         *("RandomResize", "RandomCrop", "RandomFlip", "PhotoMetricDistortion", "PackSegInputs")
     ]
+    # of the large models the release kept the crop and the scale of the small ones, by accident
     size, scale = [row.size, row.size], list(row.scale)
     resize = dict(type="RandomResize", scale=scale, ratio_range=[0.5, 2.0], keep_ratio=True)
     assert step(train, "RandomResize") == resize
@@ -255,21 +304,25 @@ def test_segmentation(row):
     tested = dict(type="Resize", scale=scale, keep_ratio=True)
     assert step(cfg.test_dataloader.dataset.pipeline, "Resize") == tested
     views = cfg.tta_pipeline[1].transforms
-    assert plain(views[0]) == [tested | dict(scale=[int(side * ratio) for side in scale]) for ratio in row.tta_ratios]
+    assert plain(views[0]) == [tested | dict(scale=[int(side * ratio) for side in scale]) for ratio in TTA_RATIOS]
     assert [flip.prob for flip in views[1]] == [0.0, 1.0] and cfg.tta_model.type == "SegTTAModel"
-    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ("IterBasedTrainLoop", row.iters)
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ("IterBasedTrainLoop", fact["runner"]["max_iters"])
 
 
 def test_learning_rate_of_the_160k_recipe():
     """Against the closed form of the original release: the warm-up multiplies the polynomial."""
     row = zoo.SEGMENTATION["upernet_dinat_mini"]
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=row.lr)
+    fact = published(row)
+    lr, iters, schedule = fact["optimizer"]["lr"], fact["runner"]["max_iters"], fact["lr_config"]
+    assert (schedule["policy"], schedule["by_epoch"], schedule["min_lr"]) == ("poly", False, 0.0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     schedulers = [PARAM_SCHEDULERS.build(entry | dict(optimizer=optimizer)) for entry in load(row).param_scheduler]
-    for iteration in range(row.iters):
+    for iteration in range(iters):
         if iteration in (0, 1, 100, 749, 1499, 1500, 40_000, 80_000, 159_999):
             # mmengine reaches the end of a schedule one iteration earlier
-            warmup = min(1.0, row.warmup_ratio + (1 - row.warmup_ratio) * iteration / (row.warmup_iters - 1))
-            expected = row.lr * (1 - iteration / (row.iters - 1)) ** row.poly_power * warmup
+            first = schedule["warmup_ratio"]
+            warmup = min(1.0, first + (1 - first) * iteration / (schedule["warmup_iters"] - 1))
+            expected = lr * (1 - iteration / (iters - 1)) ** schedule["power"] * warmup
             assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-6)
         for scheduler in schedulers:
             scheduler.step()
@@ -293,15 +346,16 @@ def test_twelve_views_of_one_image(tmp_path):
 def test_cityscapes_upernet(path):
     cfg = Config.fromfile(CONFIGS / path)
     row = zoo.SEGMENTATION["upernet_dinat_tiny" if "tiny" in path else "upernet_dinat_large"]
-    expected = zoo.backbone_kwargs(row) | dict(dilations=plain(zoo.dilations(row.arch, "ade20k-512")))
+    fact = published(row)
     backbone = plain(cfg.model.backbone)
-    assert backbone.pop("init_cfg")["checkpoint"] == zoo.PRETRAINED[row.pretrained]
-    assert backbone == dict(expected, type="DiNAT")
+    assert zoo.PRETRAINED[backbone.pop("init_cfg")["checkpoint"]] == fact["pretrained"]
+    drop_path_rate = fact["backbone"]["drop_path_rate"]
+    assert backbone == dict(type="DiNAT", arch=row.arch, dilations="ade20k-512", drop_path_rate=drop_path_rate)
     assert cfg.train_dataloader.dataset.type == "CityscapesDataset"
     assert cfg.param_scheduler[1].end == cfg.train_cfg.max_iters == 80_000
     model = build(cfg)
     assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 19
-    assert [group["lr"] for group in parameter_groups(cfg, model).values()].count(row.lr) > 0
+    assert [group["lr"] for group in parameter_groups(cfg, model).values()].count(fact["optimizer"]["lr"]) > 0
 
 
 # --------------------------------------------------------------------------------------------------------- Mask2Former
@@ -310,28 +364,26 @@ def test_cityscapes_upernet(path):
 @rows(MASK2FORMER)
 def test_mask2former(row):
     """The model and its training against the published detectron2 config."""
-    cfg, published = load(row), row.detectron2_config()
+    cfg, fact = load(row), published(row)["detectron2_config_over_defaults"]
     head = cfg.model.get("panoptic_head") or cfg.model.decode_head
-    assert head.num_queries == published.get("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 100)
+    assert head.num_queries == fact.get("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 100)
     assert plain(head.in_channels) == [192, 384, 768, 1536]
     classes = head.num_classes if "num_classes" in head else head.num_things_classes + head.num_stuff_classes
     assert classes == row.num_classes and head.loss_cls.class_weight == [1.0] * classes + [0.1]
     if row.task == "instance":
         assert head.num_stuff_classes == 0
-    assert (
-        head.transformer_decoder.num_layers == published["MODEL.MASK_FORMER.DEC_LAYERS"] - 1
-    )  # one counts the queries
-    assert head.pixel_decoder.encoder.num_layers == published["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"]
+    assert head.transformer_decoder.num_layers == fact["MODEL.MASK_FORMER.DEC_LAYERS"] - 1  # one counts the queries
+    assert head.pixel_decoder.encoder.num_layers == fact["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS"]
     weights = [head[loss].loss_weight for loss in ("loss_cls", "loss_dice", "loss_mask")]
-    assert weights == [published[f"MODEL.MASK_FORMER.{kind}_WEIGHT"] for kind in ("CLASS", "DICE", "MASK")]
-    assert cfg.optim_wrapper.clip_grad.max_norm == published["SOLVER.CLIP_GRADIENTS.CLIP_VALUE"]
-    assert cfg.train_cfg.max_iters == published["SOLVER.MAX_ITER"]
+    assert weights == [fact[f"MODEL.MASK_FORMER.{kind}_WEIGHT"] for kind in ("CLASS", "DICE", "MASK")]
+    assert cfg.optim_wrapper.clip_grad.max_norm == fact["SOLVER.CLIP_GRADIENTS.CLIP_VALUE"]
+    assert cfg.train_cfg.max_iters == fact["SOLVER.MAX_ITER"]
     schedule = cfg.param_scheduler if isinstance(cfg.param_scheduler, dict) else cfg.param_scheduler[0]
-    if "SOLVER.STEPS" in published:
-        assert (schedule.type, schedule.milestones) == ("MultiStepLR", published["SOLVER.STEPS"])
+    if "SOLVER.STEPS" in fact:
+        assert (schedule.type, schedule.milestones) == ("MultiStepLR", fact["SOLVER.STEPS"])
     else:  # 0.9 is detectron2's default
         assert (schedule.type, schedule.power, schedule.eta_min) == ("PolyLR", 0.9, 0)
-    assert (schedule.begin, schedule.end, schedule.by_epoch) == (0, published["SOLVER.MAX_ITER"], False)
+    assert (schedule.begin, schedule.end, schedule.by_epoch) == (0, fact["SOLVER.MAX_ITER"], False)
 
     train = cfg.train_dataloader.dataset.pipeline
     tested = step(cfg.test_dataloader.dataset.pipeline, "Resize")["scale"]
@@ -339,21 +391,21 @@ def test_mask2former(row):
         assert tested == [1333, 800] and step(train, "RandomCrop")["crop_size"] == [1024, 1024]
         assert step(train, "RandomResize")["ratio_range"] == [0.1, 2.0]
     else:
-        assert tested == [published["INPUT.MAX_SIZE_TEST"], published["INPUT.MIN_SIZE_TEST"]]
-        assert step(train, "RandomCrop")["crop_size"] == published["INPUT.CROP.SIZE"]
+        assert tested == [fact["INPUT.MAX_SIZE_TEST"], fact["INPUT.MIN_SIZE_TEST"]]
+        assert step(train, "RandomCrop")["crop_size"] == fact["INPUT.CROP.SIZE"]
         scales = step(train, "RandomChoiceResize")["scales"]
         sides = [scale if isinstance(scale, int) else min(scale) for scale in scales]
-        assert sides == published["INPUT.MIN_SIZE_TRAIN"]
+        assert sides == fact["INPUT.MIN_SIZE_TRAIN"]
         assert "PhotoMetricDistortion" in [entry.type for entry in train]
 
     groups = parameter_groups(cfg, build(cfg))
     for name, group in groups.items():
         own = name.startswith("backbone.")
-        assert group["lr"] == pytest.approx(row.lr * (0.1 if own else 1.0)), name
+        assert group["lr"] == pytest.approx(fact["SOLVER.BASE_LR"] * (0.1 if own else 1.0)), name
         # norms and embeddings are exempt; rpb and the pixel decoder's level_encoding, bare parameters in the original
         # trainer, are not
         exempt = "norm" in name or ".gn." in name or any(word in name for word in ("query_", "level_embed"))
-        assert group["weight_decay"] == (0.0 if exempt else row.weight_decay), name
+        assert group["weight_decay"] == (0.0 if exempt else fact["SOLVER.WEIGHT_DECAY"]), name
     assert sum(name.endswith(".rpb") for name in groups) == 30
 
 

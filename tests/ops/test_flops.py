@@ -1,4 +1,4 @@
-"""ops/flops.py against what torch counts in the reference, and tools/get_flops.py against the published figures."""
+"""ops/flops.py against what torch counts in the reference, and `dinat flops` against the published figures."""
 
 import subprocess
 import sys
@@ -8,11 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinat_backbones import DiNAT, NeighborhoodAttention2D, neighborhood_attention_2d, zoo
+from dinat_backbones.cli import flops as get_flops
 from dinat_backbones.ops.flops import attention_macs, count_macs
 from helpers import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-import get_flops  # noqa: E402
 
 ROWS = [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values()]
 NEEDS_MMDET = "mmdet and mmseg are not installed: pip install 'dinat_backbones[openmmlab]'"

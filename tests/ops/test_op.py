@@ -1,4 +1,4 @@
-"""The op against references that share no code with it: a loop in float64, golden arrays, natten itself."""
+"""The op's numbers against references that share no code with it: a loop in float64, golden arrays, natten itself."""
 
 import math
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
-from dinat_backbones.ops import cpu, reference
-from helpers import EVERYWHERE, GOLDEN, draw, load_golden, run, sample, to_dtype, worst
+from dinat_backbones.ops.backends import reference
+from helpers import EVERYWHERE, GOLDEN, assert_near, draw, load_golden, run, sample, taking, to_dtype
 
 pytestmark = pytest.mark.usefixtures("poison")
-NAMES = EVERYWHERE
 SHAPES = 520
 OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
 
@@ -48,7 +47,7 @@ def brute_force(query, key, value, rpb, kernel_size, dilation, scale):
 
 
 @pytest.mark.parametrize("name", OP_GOLDEN)
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_golden(name, backend):
     meta, arrays = load_golden(name)
     generator = torch.Generator().manual_seed(meta["seed"])
@@ -59,12 +58,12 @@ def test_golden(name, backend):
     expected = [torch.from_numpy(arrays[k]).permute(0, 2, 3, 1, 4) for k in ("out", "grad_q", "grad_k", "grad_v")]
     expected.append(torch.from_numpy(arrays["grad_rpb"]))
     settings = dict(kernel_size=meta["kernel_size"], dilation=meta["dilation"], scale=meta["scale"], backend=backend)
-    # the arrays are stored in float32, whose own rounding of the largest gradients is about 1e-6
-    for dtype, bar in ((torch.float32, 1e-4), (torch.float64, 1e-5)):
-        if dtype == torch.float64 and backend == "cpu":
-            continue  # its dtypes are float32 and bfloat16
+    # the arrays are stored in float32
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 3e-7)):
+        if backend not in taking(dtype):
+            continue
         *tensors, grad_out, table = to_dtype([*drawn, rpb], dtype)
-        assert worst(run(tensors, table, grad_out, **settings), expected) <= bar
+        assert_near(run(tensors, table, grad_out, **settings), expected, tolerance)
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -80,17 +79,14 @@ def test_random_shapes(part):
         expected = run(tensors, rpb, grad_out, backend="reference", **settings)
         arrays = [None if t is None else t.numpy() for t in (*tensors, rpb)]
         loop = brute_force(*arrays, **settings, scale=case["shape"][-1] ** -0.5)
-        assert worst([expected[0]], [torch.from_numpy(loop)]) < 1e-12, case
-        assert worst(run(tensors, rpb, grad_out, backend="tiled", **settings), expected) < 1e-11, case
-        *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-        for backend in ("tiled", "cpu"):
-            got = run(singles, table, grad, backend=backend, **settings)
-            for a, b in zip(got, expected, strict=True):
-                # gradients of the bias sum over the map
-                assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item()), (backend, case)
+        assert_near([expected[0]], [torch.from_numpy(loop)], 1e-13)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            *converted, table, grad = to_dtype([*tensors, rpb, grad_out], dtype)
+            for backend in taking(dtype, "reference"):
+                assert_near(run(converted, table, grad, backend=backend, **settings), expected, tolerance)
 
 
-@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("backend", taking(torch.float64))
 def test_gradients_numerically(backend):
     tensors, rpb, _ = draw(1, 7, 9, 1, 2, 3)
     inputs = [t.requires_grad_() for t in (*tensors, rpb)]
@@ -101,6 +97,18 @@ def test_gradients_numerically(backend):
     assert torch.autograd.gradcheck(attend, inputs)
 
 
+@pytest.mark.parametrize("backend", taking(torch.float32))
+def test_gradients_numerically_in_float32(backend):
+    """For those that have no float64: coarse steps, which are exact enough to see a wrong gradient."""
+    tensors, rpb, _ = draw(1, 7, 9, 1, 2, 3, dtype=torch.float32)
+    inputs = [t.requires_grad_() for t in (*tensors, rpb)]
+
+    def attend(*inputs):
+        return neighborhood_attention_2d(*inputs, kernel_size=3, dilation=2, backend=backend)
+
+    assert torch.autograd.gradcheck(attend, inputs, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize("dim", [1, 8, 17, 32, 48, 64, 100, 128])
 @pytest.mark.parametrize("kernel_size, dilation", [(7, 1), (5, 4), (15, 1)])
 def test_head_dims_and_large_kernels(dim, kernel_size, dilation):
@@ -108,83 +116,14 @@ def test_head_dims_and_large_kernels(dim, kernel_size, dilation):
     settings = dict(kernel_size=kernel_size, dilation=dilation)
     expected = run(tensors, rpb, grad_out, backend="reference", **settings)
     *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-    for backend in ("cpu", "tiled"):
-        assert worst(run(singles, table, grad, backend=backend, **settings), expected) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_instruction_sets(name):
-    best = cpu.instruction_set()
-    if cpu._library.na2d_use_instruction_set(name.encode()):
-        pytest.skip(f"this machine or build has no {name}")
-    try:
-        assert cpu.instruction_set() == name
-        for index in range(2000, 2040):
-            case = sample(index)
-            tensors, rpb, grad_out = draw(*case["shape"], case["kernel_size"], rpb=case["rpb"], seed=index)
-            settings = dict(kernel_size=case["kernel_size"], dilation=case["dilation"])
-            expected = run(tensors, rpb, grad_out, backend="reference", **settings)
-            for dtype, bar in ((torch.float32, 2e-5), (torch.bfloat16, 4e-2)):
-                *converted, table, grad = to_dtype([*tensors, rpb, grad_out], dtype)
-                got = run(converted, table, grad, backend="cpu", **settings)
-                for a, b in zip(got, expected, strict=True):
-                    assert (a - b).abs().max() <= bar * max(1.0, b.abs().max().item()), case
-    finally:
-        cpu._library.na2d_use_instruction_set(best.encode())
-
-
-@pytest.mark.parametrize(
-    "height, width, heads, dim, kernel_size, dilation", [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12)]
-)
-def test_maps_cut_into_strips(height, width, heads, dim, kernel_size, dilation):
-    tensors, rpb, grad_out = draw(1, height, width, heads, dim, kernel_size, dtype=torch.float32)
-    settings = dict(kernel_size=kernel_size, dilation=dilation)
-    expected = run(*[[t.double() for t in tensors], rpb.double(), grad_out.double()], backend="tiled", **settings)
-    for a, b in zip(run(tensors, rpb, grad_out, backend="cpu", **settings), expected, strict=True):
-        assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item())
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_threads_change_nothing(threads):
-    tensors, rpb, grad_out = draw(2, 57, 40, 2, 16, 7, dtype=torch.float32)
-    settings = dict(kernel_size=7, dilation=2, backend="cpu")
-    before = torch.get_num_threads()
-    first = run(tensors, rpb, grad_out, **settings)
-    try:
-        torch.set_num_threads(threads)
-        assert worst(run(tensors, rpb, grad_out, **settings), first) < 1e-4
-        again = run(tensors, rpb, grad_out, **settings)
-        assert all(map(torch.equal, again, run(tensors, rpb, grad_out, **settings)))  # deterministic, rpb included
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_child_of_a_fork():
-    import multiprocessing
-
-    # small enough for torch itself not to start threads, which would hang in a child
-    tensors, rpb, _ = draw(1, 30, 30, 2, 16, 7, dtype=torch.float32)
-    expected = neighborhood_attention_2d(
-        *tensors, rpb, kernel_size=7, backend="cpu"
-    )  # the parent's threads exist by now
-    pipe, end = multiprocessing.Pipe()
-
-    def child():
-        end.send(neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu").numpy())
-
-    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
-    process.start()
-    answered = pipe.poll(30)
-    result = pipe.recv() if answered else None
-    process.kill()
-    assert answered, "the child hangs"
-    assert np.array_equal(result, expected.numpy())
+    for backend in taking(torch.float32, "reference"):
+        assert_near(run(singles, table, grad, backend=backend, **settings), expected, 1e-5)
 
 
 # ---- dtypes
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_bfloat16_is_as_good_as_eager(backend):
     """Error against float64 no worse than that of plain PyTorch all in bfloat16, plus a tolerance."""
     tensors, rpb, grad_out = draw(1, 30, 37, 2, 32, 7, dtype=torch.bfloat16)
@@ -214,7 +153,7 @@ def test_infinities_and_nans_stay_in_their_windows():
     tensors[2][0, 0, 1, 0, 4] = math.inf
     bad = {
         backend: ~neighborhood_attention_2d(*tensors, rpb, kernel_size=5, dilation=2, backend=backend).isfinite()
-        for backend in NAMES
+        for backend in EVERYWHERE
     }
     assert bad["reference"].any()
     assert torch.equal(bad["cpu"], bad["reference"])
@@ -223,7 +162,7 @@ def test_infinities_and_nans_stay_in_their_windows():
 # ---- layouts
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_strided_inputs(backend):
     tensors, rpb, grad_out = draw(2, 21, 33, 2, 16, 7, dtype=torch.float32)
     expected = run(tensors, rpb, grad_out, kernel_size=7, dilation=3, backend="reference")
@@ -233,10 +172,10 @@ def test_strided_inputs(backend):
     for layout in (heads_first, dims_first, wide):
         assert not layout[0].is_contiguous()
         got = run(layout, rpb, grad_out.expand_as(grad_out), kernel_size=7, dilation=3, backend=backend)
-        assert worst(got, expected) < 1e-4
+        assert_near(got, expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_equals_apart(backend, dtype):
     tensors, rpb, grad_out = draw(2, 15, 23, 2, 32, 7, dtype=dtype, fused=True)
@@ -245,58 +184,30 @@ def test_packed_equals_apart(backend, dtype):
     inputs = [torch.stack(tensors, 3).requires_grad_(), rpb.requires_grad_()]
     packed = neighborhood_attention_2d_qkvpacked(*inputs, **settings)
     grad_qkv, packed_grad_rpb = torch.autograd.grad(packed, inputs, grad_out)
-    assert worst([packed, *grad_qkv.unbind(3), packed_grad_rpb], [out, *grads, grad_rpb]) == 0
+    assert_near([packed, *grad_qkv.unbind(3), packed_grad_rpb], [out, *grads, grad_rpb], 0)
 
 
-def test_packed_of_another_shape():
-    with pytest.raises(ValueError, match=r"qkv must be \[B, H, W, 3, heads, head_dim\]; got \[1, 9, 9, 2, 1, 8\]"):
-        neighborhood_attention_2d_qkvpacked(torch.zeros(1, 9, 9, 2, 1, 8), kernel_size=7)
-
-
-def test_expanded_gradient():
+@pytest.mark.parametrize("backend", taking(torch.float32, "reference"))
+def test_expanded_gradient(backend):
     tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
     results = []
-    for backend in ("reference", "cpu"):
+    for name in ("reference", backend):
         inputs = [t.detach().requires_grad_() for t in (*tensors, rpb)]
-        out = neighborhood_attention_2d(*inputs, kernel_size=7, backend=backend)
-        results.append(torch.autograd.grad(out.sum(), inputs))  # the gradient of a sum has strides of zero
-    assert worst(*results) < 1e-5
+        out = neighborhood_attention_2d(*inputs, kernel_size=7, backend=name)
+        results.append([out, *torch.autograd.grad(out.sum(), inputs)])  # the gradient of a sum has strides of zero
+    expected, got = results
+    # Output, values and bias; those of query and key are sums that cancel out, up to the rounding of their terms.
+    assert_near([got[0], got[3]], [expected[0], expected[3]], 1e-5)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * expected[3].abs().max()
 
 
 def test_empty_batch():
     tensors, rpb, grad_out = draw(0, 9, 9, 1, 8, 7, dtype=torch.float32)
-    for backend in NAMES:
+    for backend in EVERYWHERE:
         out, *_, grad_rpb = run(tensors, rpb, grad_out, kernel_size=7, backend=backend)
         assert out.shape == (0, 9, 9, 1, 8)
         assert not grad_rpb.any()
-
-
-# ---- torch.library, torch.compile
-
-
-def test_registration():
-    tensors, rpb, _ = draw(1, 9, 11, 2, 8, 7, dtype=torch.float32)
-    packed = torch.stack(tensors, 3).requires_grad_()
-    opcheck = getattr(torch.library, "opcheck", None)
-    if opcheck is None:
-        pytest.skip("torch.library.opcheck came with torch 2.4")
-    for qkv in ([packed], [t.requires_grad_() for t in tensors]):
-        opcheck(torch.ops.dinat_backbones.na2d, (qkv, rpb.requires_grad_(), 7, 1, 0.25))
-
-
-@pytest.mark.parametrize("backend", [None, "cpu", "tiled"])
-def test_compile_fullgraph(backend):
-    tensors, rpb, grad_out = draw(1, 15, 17, 2, 16, 7, dtype=torch.float32)
-
-    def attend(query, key, value, table):
-        return 2 * neighborhood_attention_2d(query + 1, key, value, table, kernel_size=7, dilation=2, backend=backend)
-
-    results = []
-    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
-        inputs = [t.detach().requires_grad_() for t in (*tensors, rpb)]
-        out = function(*inputs)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad_out)])
-    assert worst(*results) < 1e-5
 
 
 # ---- natten
@@ -326,11 +237,10 @@ def test_against_natten_with_bias(part):
         logits = qkrpb(query * case["shape"][-1] ** -0.5, key, inputs[3], *settings.values())
         out = av(logits.softmax(-1), value, *settings.values()).permute(0, 2, 3, 1, 4)
         expected = [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
-        for backend in ("reference", "tiled"):
-            assert worst(run(tensors, rpb, grad_out, backend=backend, **settings), expected) < 1e-10, (backend, case)
-        *singles, table, grad = to_dtype([*tensors, rpb, grad_out], torch.float32)
-        for a, b in zip(run(singles, table, grad, backend="cpu", **settings), expected, strict=True):
-            assert (a - b).abs().max() <= 2e-5 * max(1.0, b.abs().max().item()), case
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            *converted, table, grad = to_dtype([*tensors, rpb, grad_out], dtype)
+            for backend in taking(dtype):
+                assert_near(run(converted, table, grad, backend=backend, **settings), expected, tolerance)
 
 
 def test_against_present_natten_without_bias():
@@ -343,54 +253,6 @@ def test_against_present_natten_without_bias():
             expected = natten.na2d(*tensors, kernel_size=kernel_size, dilation=dilation)
         except (NotImplementedError, ValueError, RuntimeError) as error:
             pytest.skip(f"natten {natten.__version__} does not run here: {error}")
-        for backend in NAMES:
+        for backend in EVERYWHERE:
             got = neighborhood_attention_2d(*tensors, kernel_size=kernel_size, dilation=dilation, backend=backend)
-            assert worst([got], [expected]) < 1e-4
-
-
-# ---- bad input
-
-
-GOOD = dict(shape=(1, 9, 11, 2, 8), kernel_size=7, dilation=1)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(kernel_size=6), "kernel_size=6: expected an odd"),
-        (dict(kernel_size=1), "kernel_size=1: expected an odd"),
-        (dict(dilation=0), "dilation=0: expected at least 1"),
-        (dict(dilation=2), r"9x11 map is smaller than kernel_size \* dilation = 7 \* 2 = 14"),
-        (dict(backend="fast"), "backend='fast' is unknown"),
-        (dict(rpb=torch.zeros(2, 7, 7)), r"rpb has shape \[2, 7, 7\]; expected .* \[2, 13, 13\]"),
-        (dict(key=torch.zeros(1, 9, 11, 2, 16)), "must share one shape"),
-        (dict(value=torch.zeros(1, 9, 11, 2, 8, dtype=torch.float64)), "must share one floating dtype"),
-        (dict(query=torch.zeros(1, 9, 11, 2, 8, dtype=torch.int64)), "must share one floating dtype"),
-        (dict(rpb=torch.zeros(2, 13, 13, device="meta")), "must be on one device"),
-        (dict(query=torch.zeros(9, 11, 2, 8)), "must share one shape"),
-    ],
-)
-def test_bad_input(change, message):
-    arguments = dict.fromkeys(("query", "key", "value"), torch.zeros(1, 9, 11, 2, 8)) | dict(kernel_size=7) | change
-    with pytest.raises(ValueError, match=message):
-        neighborhood_attention_2d(**arguments)
-
-
-def test_named_backend_never_falls_back():
-    tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float16)
-    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run this call: dtype torch.float16 is not one of"):
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu")
-    assert neighborhood_attention_2d(*tensors, rpb, kernel_size=7).dtype == torch.float16  # but any other may run
-
-
-def test_missing_kernel_is_explained(monkeypatch, tmp_path):
-    library, reason = cpu._load(tmp_path / "_na2d.so")
-    assert library is None
-    monkeypatch.setattr(cpu, "_library", library)
-    monkeypatch.setattr(cpu, "_missing", reason)
-    tensors, rpb, _ = draw(1, 9, 9, 1, 8, 7, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="was not built when the package was installed"):
-        neighborhood_attention_2d(*tensors, rpb, kernel_size=7, backend="cpu")
-    neighborhood_attention_2d(*tensors, rpb, kernel_size=7)  # tiled takes over
-    (tmp_path / "_na2d.so").write_bytes(b"not a library")
-    assert "does not load on this machine" in cpu._load(tmp_path / "_na2d.so")[1]
+            assert_near([got], [expected], 1e-5)

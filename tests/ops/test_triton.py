@@ -1,6 +1,5 @@
 """The Triton op: in the interpreter, on a GPU if there is one, and compiled for two without one."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -8,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_kernels as tool
 
 from dinat_backbones import neighborhood_attention_2d
-from dinat_backbones.ops import triton
+from dinat_backbones.ops import BACKENDS
+from dinat_backbones.ops.backends import triton_backend as triton
 from helpers import ROOT
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "tools"))  # which is no package
-tool = importlib.import_module("triton_kernels")
+TRITON = BACKENDS["triton"]
 
-needs_triton = pytest.mark.skipif(bool(triton._missing), reason=triton._missing)
+needs_triton = pytest.mark.skipif(bool(TRITON.missing), reason=TRITON.missing)
 
 
 def run_on_device(**environment):
@@ -96,7 +96,10 @@ class Driver:
 
 
 driver.set_active(Driver())
-from dinat_backbones.ops import triton, triton_kernels
+from dinat_backbones.ops import BACKENDS
+from dinat_backbones.ops.backends import triton_backend as triton, triton_kernels
+
+triton._interpreted = True  # calls with tensors on a CPU pass
 
 kernels = [getattr(triton_kernels, name + "_kernel") for name in triton.KERNELS]
 for kernel in kernels:  # compile, but launch nothing
@@ -104,7 +107,7 @@ for kernel in kernels:  # compile, but launch nothing
 for height, width, heads, dilation in ((20, 30, 2, 1), (33, 17, 2, 2), (16, 64, 4, 2), (21, 21, 1, 3)):
     qkv = torch.zeros(1, height, width, 3, heads, 16, dtype=torch.bfloat16, requires_grad=True)
     rpb = torch.zeros(heads, 13, 13, requires_grad=True)
-    out = triton.attention_qkvpacked(qkv, rpb, 7, dilation, 0.25)
+    out = BACKENDS["triton"].attention([qkv], rpb, 7, dilation, 0.25)
     torch.autograd.grad(out, (qkv, rpb), out)
 print([len(kernel.device_caches[0][0]) for kernel in kernels])
 """
@@ -124,11 +127,11 @@ def test_new_sizes_compile_nothing_new():
 
 def reasons(device="cpu", dtype=torch.float32, dim=32):
     query = torch.zeros(1, 9, 9, 1, dim, dtype=dtype, device=device)
-    return triton.unsupported(query, query, query, None, 7, 1, 1.0)
+    return TRITON.unsupported([query] * 3, None, 7, 1, 1.0)
 
 
 def test_reasons_in_words(monkeypatch):
-    monkeypatch.setattr(triton, "_missing", "")
+    monkeypatch.setattr(TRITON, "missing", "")
     monkeypatch.setattr(triton, "_interpreted", False)
     assert reasons() == ["the tensors are on cpu, the kernel runs on cuda"]
     assert "head_dim=256 is more than 128" in reasons(dim=256)
@@ -137,26 +140,69 @@ def test_reasons_in_words(monkeypatch):
     assert reasons() == []
 
 
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    triton._gpu_reasons.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Pretended GPU")
+    yield monkeypatch
+    triton._gpu_reasons.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, reason",
+    [((7, 5), ["Pretended GPU is sm_75; sm_80 or newer is needed"]), ((8, 0), []), ((9, 0), []), ((12, 0), [])],
+)
+def test_old_gpus_are_not_chosen(pretended_gpu, capability, reason):
+    pretended_gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert triton._gpu_reasons(torch.device("cuda", 0)) == reason
+
+
+def test_gpus_of_other_makers_are_not_chosen(pretended_gpu):
+    pretended_gpu.setattr(torch.version, "hip", "6.0")
+    assert "written for NVIDIA GPUs" in triton._gpu_reasons(torch.device("cuda", 0))[0]
+
+
 def test_missing_triton_is_explained(monkeypatch):
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     missing = triton._missing_triton()
     assert "Triton is not installed: pip install triton" in missing
-    monkeypatch.setattr(triton, "_missing", missing)
+    monkeypatch.setattr(TRITON, "missing", missing)
     query = torch.zeros(1, 9, 9, 1, 32)
     with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: Triton is not installed"):
         neighborhood_attention_2d(query, query, query, kernel_size=7, backend="triton")
+    assert TRITON.fault(torch.device("cuda")) == missing and TRITON.fault(torch.device("cpu")) == ""
 
 
-def test_old_triton_is_explained(monkeypatch):
+@pytest.mark.parametrize(
+    "version, missing",
+    [
+        ("2.3.1", "Triton 2.3.1 is too old; 3.2 or newer is needed"),
+        ("3.1rc2", "Triton 3.1rc2 is too old; 3.2 or newer is needed"),
+        ("3.2rc1", ""),
+        ("3.2.0+git0d4682f", ""),
+        ("3.10", ""),
+        ("4", ""),
+        ("unknown", ""),
+    ],
+)
+def test_versions(monkeypatch, version, missing):
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "2.3.1")
-    assert triton._missing_triton() == "Triton 2.3.1 is too old; 3.2 or newer is needed"
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: version)
+    assert triton._missing_triton() == missing
+
+
+TUNER = """
+import triton_interpreter, triton_kernels
+triton_interpreter.add_missing_operations()
+triton_kernels.main()
+"""
 
 
 @needs_triton
 def test_tuner_runs_to_its_end_in_the_interpreter():
-    command = [sys.executable, ROOT / "tools/triton_kernels.py", "tune", "--quick", "--kernel-size", "3"]
+    command = [sys.executable, "-c", TUNER, "tune", "--quick", "--kernel-size", "3"]
     command += ["--head-dim", "16", "--dtype", "float32"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    folders = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": folders}
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert "(3, 16, torch.float32): (Tiles(" in out.splitlines()[-1]

@@ -1,18 +1,12 @@
 """tools/benchmark.py at tiny sizes: the report, and that nothing is timed after a failed parity check."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
-
 pytest.importorskip("torchvision", reason="torchvision is missing; the benchmark compares with its Swin-T")
-
-sys.path.insert(0, str(ROOT / "tools"))  # which is no package
-benchmark = importlib.import_module("benchmark")
+import benchmark
 
 try:
     benchmark.cpu.instruction_set()

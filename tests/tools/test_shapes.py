@@ -1,8 +1,6 @@
-"""The generated shapes dataset (tools/make_shapes.py) and the demo config that trains on it."""
+"""The generated shapes data set (`dinat shapes`) and the demo config that trains on it."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,13 +8,12 @@ from PIL import Image
 
 from helpers import ROOT
 
-coco_mask = pytest.importorskip("pycocotools.mask", reason="pycocotools is missing; it comes with mmdet")
+pytest.importorskip("pycocotools", reason="pycocotools is not installed: pip install pycocotools")
+from pycocotools import mask as coco_mask
+
+from dinat_backbones.cli import shapes
 
 CONFIG = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
-
-
-sys.path.insert(0, str(ROOT / "tools"))  # which is no package; worker processes import the module by its name
-shapes = importlib.import_module("make_shapes")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +48,7 @@ def test_a_second_call_changes_nothing_and_other_arguments_need_replace(dataset,
     assert len(list((tmp_path / "set" / "train").iterdir())) == 3
 
     (tmp_path / "precious").mkdir()
-    with pytest.raises(FileExistsError, match="not written by make_shapes"):
+    with pytest.raises(FileExistsError, match="does not hold shapes"):
         shapes.make_shapes(tmp_path / "precious", train=2, val=1, size=64, replace=True)
 
 
@@ -210,6 +207,8 @@ def evaluate(framework, dataset, metric, prediction, part="val"):
     """A framework's metric of a dataset's files, given a function of the index that returns what was drawn."""
     pytest.importorskip(framework, reason=f"{framework} is missing: pip install 'dinat_backbones[openmmlab]'")
     from mmengine.registry import DATASETS, METRICS, DefaultScope
+
+    import dinat_backbones.adapters.openmmlab  # noqa: F401  # before the framework: mmcv's operators
 
     with DefaultScope.overwrite_default_scope(framework):
         dataset = DATASETS.build(dict(dataset, test_mode=True))

@@ -11,7 +11,7 @@ import torch
 
 from dinat_backbones import zoo
 from dinat_backbones.backbone import DiNAT
-from dinat_backbones.ops import BACKENDS, natten, neighborhood_attention_2d
+from dinat_backbones.ops import BACKENDS, neighborhood_attention_2d
 
 from . import baselines
 from .core import Bar, Bench, ParityError, Row, agree
@@ -85,7 +85,7 @@ def ours(case: Case, setting: Setting) -> str:
     """The backend that is measured: `triton` where it runs."""
     inputs = Inputs(Case("", (KERNEL, KERNEL), 1, 1, 0), setting)
     triton = BACKENDS.get("triton")
-    runs = triton is not None and not triton.unsupported(*inputs.qkv, inputs.rpb, KERNEL, 1, HEAD_DIM**-0.5)
+    runs = triton is not None and not triton.unsupported(inputs.qkv, inputs.rpb, KERNEL, 1, HEAD_DIM**-0.5)
     return "triton" if runs else "tiled"
 
 
@@ -142,7 +142,7 @@ def op_rows(bench: Bench, setting: Setting) -> list[Row]:
         inputs, backend = Inputs(case, setting), ours(case, setting)
         call = attend(case, backend)
         calls = {backend: lambda inputs=inputs, call=call: inputs.step(call)}
-        reasons = natten.unsupported(*inputs.qkv, None, KERNEL, case.dilation, 1.0)
+        reasons = BACKENDS["natten"].unsupported(inputs.qkv, None, KERNEL, case.dilation, 1.0)
         if not reasons:
             plain = attend(case, "natten")
             agree(f"{case.name}: natten without bias", [plain(*inputs.qkv, None)], [call(*inputs.qkv, None)], ROUNDING)

@@ -3,17 +3,10 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type="DiNAT",
-        embed_dim=64,
-        depths=[3, 4, 6, 5],
-        num_heads=[2, 4, 8, 16],
-        kernel_size=7,
-        dilations=[[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]],
-        mlp_ratio=3.0,
+        arch="dinat_mini",
+        dilations="coco",
         drop_path_rate=0.2,
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth",
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint="dinat_mini"),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )

@@ -1,11 +1,2 @@
 _base_ = "./mask-rcnn_dinat-mini_fpn_amp-ms-crop-3x_coco.py"
-model = dict(
-    backbone=dict(
-        depths=[3, 4, 18, 5],
-        dilations=[[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7, 1, 3, 1, 5, 1, 7, 1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]],
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth",
-        ),
-    )
-)
+model = dict(backbone=dict(arch="dinat_tiny", init_cfg=dict(checkpoint="dinat_tiny")))

@@ -1,12 +1,2 @@
 _base_ = "./cascade-mask-rcnn_dinat-s-tiny_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py"
-model = dict(
-    backbone=dict(
-        depths=[2, 2, 18, 2],
-        dilations=[[1, 28], [1, 14], [1, 3, 1, 5, 1, 7, 1, 3, 1, 5, 1, 7, 1, 3, 1, 5, 1, 7], [1, 3]],
-        drop_path_rate=0.5,
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_s_small_in1k_224.pth",
-        ),
-    )
-)
+model = dict(backbone=dict(arch="dinat_s_small", drop_path_rate=0.5, init_cfg=dict(checkpoint="dinat_s_small")))

@@ -3,17 +3,10 @@ model = dict(
     backbone=dict(
         _delete_=True,
         type="DiNAT_s",
-        embed_dim=96,
-        depths=[2, 2, 6, 2],
-        num_heads=[3, 6, 12, 24],
-        kernel_size=7,
-        dilations=[[1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]],
-        mlp_ratio=4.0,
+        arch="dinat_s_tiny",
+        dilations="coco",
         drop_path_rate=0.2,
-        init_cfg=dict(
-            type="Pretrained",
-            checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_s_tiny_in1k_224.pth",
-        ),
+        init_cfg=dict(type="Pretrained", checkpoint="dinat_s_tiny"),
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

@@ -1,11 +1,5 @@
 _base_ = "./cascade-mask-rcnn_nat-tiny_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py"
 model = dict(
-    backbone=dict(
-        embed_dim=96,
-        num_heads=[3, 6, 12, 24],
-        mlp_ratio=2.0,
-        layer_scale=1e-05,
-        init_cfg=dict(type="Pretrained", checkpoint="https://shi-labs.com/projects/nat/checkpoints/CLS/nat_small.pth"),
-    ),
+    backbone=dict(arch="nat_small", init_cfg=dict(checkpoint="nat_small")),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )

@@ -46,7 +46,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read(filename, allow_pickle=self.allow_pickle)
         state = tensors(checkpoint)
-        dinat = next((module for module in self.model.modules() if isinstance(module, backbone._Backbone)), None)
+        dinat = next((module for module in self.model.modules() if isinstance(module, backbone.BackboneBase)), None)
         if dinat is not None and not self.model.state_dict().keys() & state.keys():
             load_backbone(dinat, filename, allow_pickle=self.allow_pickle, logger=self.logger)
             return {"model": {}}

@@ -7,8 +7,8 @@ Importing this file also registers the models with AutoConfig, AutoModel, AutoBa
 and AutoImageProcessor, which is how the segmentation models of transformers find them: with a `DinatConfig` as
 `backbone_config` of UperNetConfig, MaskFormerConfig, Mask2FormerConfig or OneFormerConfig.
 
-The modules are the backbone's (`dinat_backbones.backbone`) with their children under the names of the `shi-labs/*` files,
-so that state dicts, `named_modules` and whatever replaces modules by name (adapters of PEFT, quantization) see those.
+The modules are the backbone's (`dinat_backbones.layers`) with their children under the names of the `shi-labs/*`
+files. State dicts, `named_modules` and whatever replaces modules by name (adapters of PEFT, quantization) see those.
 """
 
 try:

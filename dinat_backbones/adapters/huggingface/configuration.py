@@ -64,13 +64,27 @@ class DinatConfig(NatConfig):
     """Configuration of the Dinat models; the defaults are those of DiNAT-Mini at 224. Arguments as for `NatConfig` and
 
     Args:
-        dilations: one list per stage with one dilation per block; None for those of DiNAT-Mini.
+        dilations: one list per stage with one dilation per block; None for those of DiNAT-Mini, with its depths only.
+
+    Raises:
+        ValueError: other depths without `dilations`, and what `NatConfig` raises.
     """
 
     model_type = "dinat"
     dilations: list | tuple | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.dilations, str):
+            raise ValueError(
+                f"dilations={self.dilations!r}: expected one list per stage with one dilation per block, such as "
+                "dinat_backbones.zoo.dilations(ARCH, SETTING) returns"
+            )
+        if not self.dilations and list(self.depths) != list(zoo.ARCHS["dinat_mini"].depths):
+            raise ValueError(
+                f"depths={list(self.depths)} need dilations: one list per stage with one dilation per block, such as "
+                f"dinat_backbones.zoo.dilations(ARCH, SETTING) returns. Settings: "
+                f"{', '.join(map(str, zoo.settings_of('DiNAT')))}"
+            )
         if not self.dilations:
             self.dilations = [list(stage) for stage in zoo.dilations("dinat_mini", "imagenet-224") or ()]
         super().__post_init__(**kwargs)
@@ -86,15 +100,21 @@ def published_config(name: str, **overrides: Any) -> NatConfig:
     Raises:
         ValueError: there is no such model, or transformers has no form for it (DiNAT_s and the isotropic models).
     """
-    known = {
-        key: row
-        for key, row in zoo.CLASSIFICATION.items()
-        if row.arch in zoo.ARCHS and zoo.ARCHS[row.arch].family in ("NAT", "DiNAT")
-    }
+    families = {"nat": NatConfig, "dinat": DinatConfig}  # by the names of architectures, NAT_SIZE and DINAT_SIZE
+    known = [key for key, row in zoo.CLASSIFICATION.items() if row.arch.rpartition("_")[0] in families]
     if name not in known:
         raise ValueError(f"name={name!r}: expected a NAT or DiNAT classifier, one of {', '.join(known)}")
-    kwargs = zoo.backbone_kwargs(known[name]) | {"num_labels": 1000}
-    if "layer_scale" in kwargs:
-        kwargs["layer_scale_init_value"] = kwargs.pop("layer_scale")
-    family = NatConfig if zoo.ARCHS[known[name].arch].family == "NAT" else DinatConfig
-    return family(**(kwargs | overrides))
+    row = zoo.CLASSIFICATION[name]
+    arch = zoo.arch(row.arch)
+    kwargs: dict[str, Any] = dict(
+        embed_dim=arch.embed_dim,
+        depths=list(arch.depths),
+        num_heads=list(arch.num_heads),
+        kernel_size=row.kernel_size,
+        mlp_ratio=arch.mlp_ratio,
+        layer_scale_init_value=arch.layer_scale or 0.0,
+        num_labels=row.num_classes,
+    )
+    if row.dilations:
+        kwargs["dilations"] = [list(stage) for stage in zoo.dilations(row.arch, row.dilations) or ()]
+    return families[row.arch.rpartition("_")[0]](**(kwargs | overrides))

@@ -12,7 +12,17 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...attention import NeighborhoodAttention2D
-from ...backbone import NAT, Block, ConvDownsampler, ConvTokenizer, Stage
+from ...backbone import BackboneBase
+from ...layers import (
+    Block,
+    ConvDownsampler,
+    ConvTokenizer,
+    Stage,
+    drop_path_rates,
+    in_pieces,
+    large_on_cpu,
+    runs_unobserved,
+)
 from .configuration import NatConfig
 
 
@@ -143,6 +153,15 @@ class NatLayer(GradientCheckpointingLayer, Block):
         self.register_parameter("layer_scale_parameters", scales)
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # the backbone only calls it
+        """As the backbone's `Mlp`."""
+        if not self.training and large_on_cpu(x, self.hidden):
+            modules = (*self.intermediate.modules(), *self.output.modules())
+            types = (NatIntermediate, NatOutput, nn.Linear, nn.Dropout, type(ACT2FN["gelu"]))
+            if runs_unobserved(*modules, types=types):
+                return in_pieces(self._mlp, x, self.hidden)
+        return self._mlp(x)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
         return self.output(self.intermediate(x))
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):
@@ -182,8 +201,8 @@ class NatEncoder(nn.Module):
         dilations: Any = [[1] * depth for depth in config.depths]
         if config.model_type == "dinat":
             dilations = config.dilations
-        NAT._check(config.depths, config.num_heads, dilations, (), -1)
-        drop_path = iter(torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist())
+        BackboneBase.check_arguments(config.depths, config.num_heads, dilations, (), -1)
+        drop_path = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.levels = nn.ModuleList()
         for i, (heads, stage) in enumerate(zip(config.num_heads, dilations, strict=True)):
             dim = config.embed_dim * 2**i

@@ -1,9 +1,11 @@
 """Deformable convolution and attention with the arguments of mmcv's compiled functions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .torchvision_ops import torchvision_ops
+from .torchvision_ops import gradients, supported, torchvision_ops
 
 OPERATORS = (
     "deform_conv_forward",
@@ -14,6 +16,38 @@ OPERATORS = (
     "ms_deform_attn_forward",
     "ms_deform_attn_backward",
 )
+
+
+def _complete(
+    input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors as torchvision takes them: with a mask and a bias, whether they are used or not."""
+    mask = input.new_zeros(len(input), 1) if mask is None else mask
+    bias = input.new_zeros(len(weight)) if bias is None else bias
+    return supported(input, weight, offset, mask, bias)
+
+
+def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The gradients by input, weight, offset, mask and bias.
+
+    Where a sample lies one pixel outside, as with offsets of 0 and padding, the interpolated value has a kink: mmcv's
+    derivative by the offset is 0 there, torchvision's is the one towards the inside.
+    """
+    grads = torchvision_ops()._deform_conv2d_backward(*supported(grad_output), *tensors, *geometry)
+    offset, by_offset = tensors[2], grads[2]
+    n, _, *size = offset.shape
+    kernel = tensors[1].shape[2:]
+    position = offset.view(n, -1, *kernel, 2, *size)
+    for axis in (0, 1):
+        stride, padding, dilation = geometry[axis:6:2]
+        start = torch.arange(size[axis], device=offset.device) * stride - padding
+        start = start.view(-1, 1) if axis == 0 else start
+        window = (
+            torch.arange(kernel[axis], device=offset.device).view((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) * dilation
+        )
+        outside = position[:, :, :, :, axis] + (start + window) == -1
+        by_offset.view(position.shape)[:, :, :, :, axis].masked_fill_(outside, 0)
+    return grads
 
 
 def deform_conv_forward(
@@ -36,10 +70,8 @@ def deform_conv_forward(
     im2col_step: int,
 ) -> None:
     """Deformable convolution without mask (version 1) into `output`; `columns` and `ones` are not needed here."""
-    no_mask = input.new_zeros(len(input), 1)
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
-    bias = input.new_zeros(len(weight))
-    output.copy_(torchvision_ops().deform_conv2d(input, weight, offset, no_mask, bias, *geometry))
+    output.copy_(torchvision_ops().deform_conv2d(*_complete(input, weight, offset, None, None), *geometry))
 
 
 def deform_conv_backward_input(
@@ -63,9 +95,9 @@ def deform_conv_backward_input(
     im2col_step: int,
 ) -> None:
     """Adds the gradients of version 1 to `gradInput` and `gradOffset`."""
-    no_mask, bias = input.new_zeros(len(input), 1), input.new_zeros(len(weight))
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
-    grads = torchvision_ops()._deform_conv2d_backward(gradOutput, input, weight, offset, no_mask, bias, *geometry)
+    tensors = _complete(input, weight, offset, None, None)
+    grads = _gradients(gradOutput, tensors, geometry)
     gradInput.add_(grads[0])
     gradOffset.add_(grads[2])
 
@@ -91,11 +123,9 @@ def deform_conv_backward_parameters(
     im2col_step: int,
 ) -> None:
     """Adds `scale` times the gradient of version 1 to `gradWeight`."""
-    no_mask, bias = input.new_zeros(len(input), 1), input.new_zeros(len(gradWeight))
     geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group, False)
-    grads = torchvision_ops()._deform_conv2d_backward(
-        gradOutput, input, torch.zeros_like(gradWeight), offset, no_mask, bias, *geometry
-    )
+    tensors = _complete(input, torch.zeros_like(gradWeight), offset, None, None)
+    grads = _gradients(gradOutput, tensors, geometry)
     gradWeight.add_(grads[1], alpha=scale)
 
 
@@ -122,8 +152,8 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Deformable convolution with mask (version 2) into `output`; `bias` counts if `with_bias`."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
-    bias = bias if with_bias else input.new_zeros(len(weight))
-    output.copy_(torchvision_ops().deform_conv2d(input, weight, offset, mask, bias, *geometry))
+    tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
+    output.copy_(torchvision_ops().deform_conv2d(*tensors, *geometry))
 
 
 def modulated_deform_conv_backward(
@@ -154,8 +184,8 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Adds the gradients of version 2 to the `grad_*` tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
-    bias = bias if with_bias else input.new_zeros(len(weight))
-    grads = torchvision_ops()._deform_conv2d_backward(grad_output, input, weight, offset, mask, bias, *geometry)
+    tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
+    grads = _gradients(grad_output, tensors, geometry)
     for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
         target.add_(grad)
     if with_bias:
@@ -190,11 +220,12 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """Adds the gradients of `ms_deform_attn_forward` to the last three tensors."""
-    inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_locations, attention_weights)]
-    with torch.enable_grad():
-        output = ms_deform_attn_forward(
-            inputs[0], value_spatial_shapes, value_level_start_index, *inputs[1:], im2col_step
+
+    def forward(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_forward(
+            value, value_spatial_shapes, value_level_start_index, locations, weights, im2col_step
         )
-    grads = torch.autograd.grad(output, inputs, grad_output)
+
+    grads = gradients(forward, (value, sampling_locations, attention_weights), grad_output)
     for target, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
         target.add_(grad)

@@ -73,4 +73,6 @@ def softmax_focal_loss_backward(
     factor = torch.where(valid, factor, p.new_zeros(()))
     buff.copy_(factor * _class_weight(weight, target) if weight.numel() else factor)
     positive = target[:, None] == torch.arange(input.shape[1], device=input.device)
-    grad_input.copy_(torch.where(valid[:, None], buff[:, None] * (positive - input), input.new_zeros(())))
+    grad_input.copy_(
+        torch.where(valid[:, None], buff[:, None] * (positive.to(input.dtype) - input), input.new_zeros(()))
+    )

@@ -54,16 +54,16 @@ struct Backward {
         keys(p, p.key, item, tile.key_begin, tile.key_end, tile.ring, scratch),
         queries(p, p.query, item, tile.begin, tile.end, kRows, scratch),
         grad_out(p, p.grad_out, item, tile.begin, tile.end, kRows, scratch), flushed(item.row_begin) {
-    values = tile.take_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
-    grad_out_planes = tile.take_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
-    logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
-    grad_logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
-    inverse = tile.take(scratch, kRows * ld);
-    grad_queries = tile.take(scratch, kRows * own_row);
-    grad_keys = tile.take(scratch, tile.ring * own_row);
-    grad_values = tile.take(scratch, tile.ring * own_row);
+    values = tile.allocate_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
+    grad_out_planes = tile.allocate_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
+    logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
+    grad_logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
+    inverse = tile.allocate(scratch, kRows * ld);
+    grad_queries = tile.allocate(scratch, kRows * own_row);
+    grad_keys = tile.allocate(scratch, tile.ring * own_row);
+    grad_values = tile.allocate(scratch, tile.ring * own_row);
     std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
-    table = tile.take(scratch, tile.span * tile.span * L);
+    table = tile.allocate(scratch, tile.span * tile.span * L);
     std::fill(table, table + tile.span * tile.span * L, 0.f);
   }
 
@@ -77,7 +77,7 @@ struct Backward {
         const int64_t top = tile.start(tile.row + r) - (tile.row + r) + tile.K - 1;
         Vec mean{};
         for (int64_t i = 0; i < tile.K; ++i) {
-          int64_t at = tile.place(r, i, reach.low, ld) + v * L;
+          int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld) {
             const Vec weight = load(logits + at) * inverted;
             store(logits + at, weight);
@@ -85,7 +85,7 @@ struct Backward {
           }
         }
         for (int64_t i = 0; i < tile.K; ++i) {
-          int64_t at = tile.place(r, i, reach.low, ld) + v * L;
+          int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
           float* cell = table + ((top + i) * tile.span + reach.low + tile.K - 1) * L;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld, cell += L) {
             const Vec weight = load(logits + at);
@@ -115,7 +115,7 @@ struct Backward {
         const int64_t count = std::min<int64_t>(sums.rows, top + tile.K - k) - first;
         if (count <= 0) continue;
         Source row{source.at(r, tile.map_row(tile.row + r), item.column_begin), {}, int(first), int(count)};
-        for (int64_t a = 0; a < count; ++a) row.weights[a] = weights + tile.place(r, k + first + a - top, 0, ld) + x;
+        for (int64_t a = 0; a < count; ++a) row.weights[a] = weights + tile.logit_index(r, k + first + a - top, 0, ld) + x;
         sums.sources.push_back(row);
       }
       for (int64_t a = 0; a < sums.rows; ++a) sums.targets[a] = target + tile.slot(k + a) * own_row;
@@ -124,17 +124,17 @@ struct Backward {
     }
   }
 
-  void hand_out(const Na2dView& view, int64_t position, float factor, float* pixels) const {
-    uncopy<T>(view, p, item.batch, tile.map_row(position), item.head, item.column_begin, item.column_end, factor, nullptr, pixels,
+  void store_gradient(const Na2dView& view, int64_t position, float factor, float* pixels) const {
+    store_row<T>(view, p, item.batch, tile.map_row(position), item.head, item.column_begin, item.column_end, factor, nullptr, pixels,
               dims);
   }
 
-  // Hands out the key rows below `stop`: no later tile adds to them.
+  // Stores the gradients of the key rows below `stop`: no later tile adds to them.
   void flush(int64_t stop) {
     for (; flushed < std::min(stop, item.row_end); ++flushed)
       for (const auto& [view, factor, rows] : {std::tuple(&p.grad_key, p.scale, grad_keys), std::tuple(&p.grad_value, 1.f, grad_values)}) {
         float* const pixels = rows + tile.slot(flushed) * own_row;
-        hand_out(*view, flushed, factor, pixels);
+        store_gradient(*view, flushed, factor, pixels);
         std::fill(pixels, pixels + own_row, 0.f);
       }
   }
@@ -142,7 +142,7 @@ struct Backward {
   void run(float* grad_rpb) {
     const int64_t first = first_query(item.row_begin, tile.K), stop = last_query(item.row_end - 1, tile.length, tile.K) + 1;
     for (int64_t row = first; row < stop; row += tile.rows) {
-      tile.enter(row, stop, [&](int64_t k) {
+      tile.advance(row, stop, [&](int64_t k) {
         tile.pack_keys(p.value, k, values);
         keys.fetch(tile.slot(k), tile.map_row(k));
       });
@@ -158,7 +158,7 @@ struct Backward {
       if (row < item.row_end && row + tile.rows > item.row_begin) {
         tile.combine(sums, grad_logits, ld, 0, keys, grad_queries, own_row, own_from, own_to);
         for (int64_t r = 0; r < tile.rows; ++r)
-          if (owns(row + r)) hand_out(p.grad_query, row + r, p.scale, grad_queries + r * own_row);
+          if (owns(row + r)) store_gradient(p.grad_query, row + r, p.scale, grad_queries + r * own_row);
       }
       scatter(logits, grad_out, grad_values);
       scatter(grad_logits, queries, grad_keys);
@@ -167,7 +167,7 @@ struct Backward {
     for (int64_t t = 0; t < tile.span * tile.span; ++t) {
       float sum = 0;
       for (int lane = 0; lane < L; ++lane) sum += table[t * L + lane];
-      grad_rpb[t] = sum;
+      grad_rpb[t] += sum;
     }
   }
 };

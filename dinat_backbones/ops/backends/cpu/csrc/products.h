@@ -14,25 +14,25 @@ template <int Rows, int Deltas>
 void dots(const float* a, int64_t a_row, int64_t a_ld, const float* b, int64_t b_ld, int64_t step, int64_t dims,
           bool accumulate, float* const* out, int64_t out_ld) {
   Vec sum[Rows][Deltas];
-#pragma GCC unroll 8
+  NA2D_UNROLL(8)
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int j = 0; j < Deltas; ++j) sum[r][j] = accumulate ? load(out[r] + j * out_ld) : Vec{};
   for (int64_t d = 0; d < dims; ++d, a += a_ld, b += b_ld) {
     Vec q[Rows];
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int r = 0; r < Rows; ++r) q[r] = load(a + r * a_row);
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int j = 0; j < Deltas; ++j) {
       Vec k = load(b + j * step);
       in_register(k);
-#pragma GCC unroll 8
+      NA2D_UNROLL(8)
       for (int r = 0; r < Rows; ++r) sum[r][j] += q[r] * k;
     }
   }
-#pragma GCC unroll 8
+  NA2D_UNROLL(8)
   for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int j = 0; j < Deltas; ++j) store(out[r] + j * out_ld, sum[r][j]);
 }
 
@@ -63,30 +63,30 @@ struct Gather {
 
 // Adds the neighbors [0, deltas) of `Pixels` neighboring pixels of one source. Lanes are dims.
 template <int First, int Count, int Pixels, int Vecs>
-inline __attribute__((always_inline)) void add_source(Vec (&sum)[Pixels][kRows][Vecs], const Source& source, int64_t weight_at,
+inline NA2D_ALWAYS_INLINE void add_source(Vec (&sum)[Pixels][kRows][Vecs], const Source& source, int64_t weight_at,
                                                       int64_t weight_step, int64_t pixel_at, int64_t pixel_step,
                                                       int64_t column_step, int64_t deltas) {
   const float* weight[Count];
-#pragma GCC unroll 8
+  NA2D_UNROLL(8)
   for (int r = 0; r < Count; ++r) weight[r] = source.weights[r] + weight_at;
   const float* pixel = source.pixels + pixel_at;
   for (int64_t j = 0; j < deltas; ++j, pixel += pixel_step) {
     // What the next column wants: with a large dilation that is far from what this one had.
-    for (int i = 0; i < Vecs * L; i += 16) __builtin_prefetch(pixel + Pixels * column_step + i);
-#pragma GCC unroll 4
+    for (int i = 0; i < Vecs * L; i += 16) prefetch(pixel + Pixels * column_step + i);
+    NA2D_UNROLL(4)
     for (int p = 0; p < Pixels; ++p) {
       Vec w[Count];
-#pragma GCC unroll 8
+      NA2D_UNROLL(8)
       for (int r = 0; r < Count; ++r) w[r] = splat(weight[r][p]);
-#pragma GCC unroll 8
+      NA2D_UNROLL(8)
       for (int i = 0; i < Vecs; ++i) {
         Vec x = load(pixel + p * column_step + i * L);
         in_register(x);
-#pragma GCC unroll 8
+        NA2D_UNROLL(8)
         for (int r = 0; r < Count; ++r) sum[p][First + r][i] += w[r] * x;
       }
     }
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int r = 0; r < Count; ++r) weight[r] += weight_step;
   }
 }
@@ -97,7 +97,7 @@ template <int Pixels, int Vecs>
 void gather_at(const Gather& g, int64_t x, int64_t d, int64_t low, int64_t high, bool accumulate) {
   Vec sum[Pixels][kRows][Vecs] = {};
   for (const Source& source : g.sources) {
-    const auto add = [&](auto first, auto count) __attribute__((always_inline)) {
+    const auto add = [&](auto first, auto count) NA2D_ALWAYS_INLINE {
       add_source<decltype(first)::value, decltype(count)::value, Pixels, Vecs>(
           sum, source, x + low * g.weight_step, g.weight_step, x * g.column_step + d + low * g.pixel_step, g.pixel_step,
           g.column_step,
@@ -114,13 +114,13 @@ void gather_at(const Gather& g, int64_t x, int64_t d, int64_t low, int64_t high,
       default: add(integral_constant<int, 2>(), integral_constant<int, 1>());
     }
   }
-#pragma GCC unroll 4
+  NA2D_UNROLL(4)
   for (int p = 0; p < Pixels; ++p)
-#pragma GCC unroll 8
+    NA2D_UNROLL(8)
     for (int r = 0; r < kRows; ++r)
       if (r < g.rows) {
         float* target = g.targets[r] + (x + p) * g.dims + d;
-#pragma GCC unroll 8
+        NA2D_UNROLL(8)
         for (int i = 0; i < Vecs; ++i) store(target + i * L, accumulate ? load(target + i * L) + sum[p][r][i] : sum[p][r][i]);
       }
 }

@@ -3,7 +3,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#pragma GCC visibility push(default)  // the rest of the library is hidden
+#if defined(_WIN32)
+#define NA2D_EXPORT __declspec(dllexport)
+#else
+#define NA2D_EXPORT __attribute__((visibility("default")))  // the rest of the library is hidden
+#endif
+
+// Changes with Na2dProblem and with the functions below; cpu/library.py expects the same number.
+#define NA2D_INTERFACE 2
+
 extern "C" {
 
 // One [batch, height, width, heads, dim] array; strides count elements. Null data means absent.
@@ -29,15 +37,17 @@ struct Na2dProblem {
   Na2dParallel parallel;                                // null: std::thread
 };
 
+// What the caller compares with its own idea of this file before it calls anything else.
+NA2D_EXPORT int na2d_interface();         // NA2D_INTERFACE
+NA2D_EXPORT int64_t na2d_problem_size();  // sizeof(Na2dProblem)
 // 0 on success, 1 when memory ran out.
-int na2d_forward(const Na2dProblem* problem);
-int na2d_backward(const Na2dProblem* problem);
+NA2D_EXPORT int na2d_forward(const Na2dProblem* problem);
+NA2D_EXPORT int na2d_backward(const Na2dProblem* problem);
 // "avx512", "avx2" or "baseline": what calls run with, the best of the machine unless said otherwise.
-const char* na2d_instruction_set();
+NA2D_EXPORT const char* na2d_instruction_set();
 // From now on run with that one (for tests). 0 on success, 1 where this machine or build does not have it.
-int na2d_use_instruction_set(const char* name);
+NA2D_EXPORT int na2d_use_instruction_set(const char* name);
 }
-#pragma GCC visibility pop
 
 namespace na2d {
 
@@ -72,7 +82,7 @@ inline int64_t last_query(int64_t position, int64_t length, int64_t kernel) {
 // The kernels, compiled once per instruction set from kernel.cpp.
 struct Kernels {
   void (*forward)(const Na2dProblem&, const Columns&, const Item&, float* scratch);
-  void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);
+  void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);  // adds to grad_rpb
   int64_t (*forward_floats)(const Na2dProblem&, int64_t columns);  // scratch for an item of that many columns
   int64_t (*backward_floats)(const Na2dProblem&, int64_t columns);
   const char* name;

@@ -9,31 +9,14 @@
 namespace na2d {
 namespace {
 
-#if defined(__clang__)
-#define NA2D_SHUFFLE(a, b, mask) shuffle_lanes(a, b, mask)
-inline Vec shuffle_lanes(Vec a, Vec b, IntVec mask) {
-  Vec out;
-  for (int i = 0; i < L; ++i) out[i] = mask[i] < L ? a[mask[i]] : b[mask[i] - L];
-  return out;
-}
-#else
-#define NA2D_SHUFFLE(a, b, mask) __builtin_shuffle(a, b, mask)
-#endif
-
 template <int Step>
 inline void transpose_step(Vec* rows) {
-  IntVec low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    low[i] = (i & Step) ? L + (i - Step) : i;
-    high[i] = (i & Step) ? L + i : i + Step;
-  }
-#pragma GCC unroll 16
+  NA2D_UNROLL(16)
   for (int i = 0; i < L; ++i)
     if (!(i & Step)) {
       const Vec a = rows[i], b = rows[i + Step];
-      rows[i] = NA2D_SHUFFLE(a, b, low);
-      rows[i + Step] = NA2D_SHUFFLE(a, b, high);
+      rows[i] = interleave<Step, false>(a, b);
+      rows[i + Step] = interleave<Step, true>(a, b);
     }
 }
 
@@ -45,8 +28,6 @@ inline void transpose(Vec* rows) {  // an L x L block in place
 }
 
 typedef uint16_t Half;  // a bfloat16's bits
-typedef uint16_t HalfBits __attribute__((vector_size(L * 2)));
-typedef uint16_t HalfVec __attribute__((vector_size(L * 2), aligned(2), may_alias));
 
 inline float widen(float x) { return x; }
 inline float widen(Half x) {
@@ -56,10 +37,7 @@ inline float widen(Half x) {
   return out;
 }
 inline Vec load_as_float(const float* p) { return load(p); }
-inline Vec load_as_float(const Half* p) {
-  typedef uint32_t Bits __attribute__((vector_size(L * 4)));
-  return Vec(__builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), Bits) << 16);
-}
+inline Vec load_as_float(const Half* p) { return as_float(load_widened(p) << 16); }
 inline void narrow(float x, float* out) { *out = x; }
 inline void narrow(float x, Half* out) {  // round to nearest even; a NaN stays one
   uint32_t bits;
@@ -68,9 +46,8 @@ inline void narrow(float x, Half* out) {  // round to nearest even; a NaN stays 
 }
 inline void store_narrow(float* out, Vec x) { store(out, x); }
 inline void store_narrow(Half* out, Vec x) {
-  typedef uint32_t Bits __attribute__((vector_size(L * 4)));
-  const Bits bits = Bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *reinterpret_cast<HalfVec*>(out) = __builtin_convertvector(Bits(select(x == x, Vec(rounded), Vec(Bits{} + 0x7fc0))), HalfBits);
+  const UintVec bits = as_uint(x), rounded = (bits + splat(0x7fffu) + ((bits >> 16) & splat(1u))) >> 16;
+  store_narrowed(out, as_uint(select(x == x, as_float(rounded), as_float(splat(0x7fc0u)))));
 }
 
 // Row `y` of one head: columns [begin, end) times `factor` to out[dim][column - begin], dims padded with zeros.
@@ -83,28 +60,28 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
     const int64_t nx = std::min<int64_t>(L, end - x);
     // Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
     for (int64_t i = 0; i < L; ++i)
-      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) __builtin_prefetch(base + (x + kPrefetch + i) * dx + d);
+      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) prefetch(base + (x + kPrefetch + i) * dx + d);
     for (int64_t d = 0; d < dims; d += L) {
       const int64_t nd = std::min<int64_t>(L, p.dim - d);
       const T* source = base + x * dx + d * dd;
       Vec block[L];
       if (nx == L && nd == L && dd == 1) {
-#pragma GCC unroll 16
+        NA2D_UNROLL(16)
         for (int i = 0; i < L; ++i) block[i] = load_as_float(source + i * dx) * splat(factor);
       } else {
         float part[L * L] = {};
         for (int64_t i = 0; i < nx; ++i)
           for (int64_t j = 0; j < nd; ++j) part[i * L + j] = widen(source[i * dx + j * dd]) * factor;
-#pragma GCC unroll 16
+        NA2D_UNROLL(16)
         for (int i = 0; i < L; ++i) block[i] = load(part + i * L);
       }
       float* target = out + d * ld + (x - begin);  // may touch the right pad, with zeros
       transpose(block);
       if (dims - d >= L) {
-#pragma GCC unroll 16
+        NA2D_UNROLL(16)
         for (int i = 0; i < L; ++i) store(target + i * ld, block[i]);
       } else {
-#pragma GCC unroll 8
+        NA2D_UNROLL(8)
         for (int i = 0; i < (L < kDimPad ? L : kDimPad); ++i) store(target + i * ld, block[i]);
       }
     }
@@ -113,7 +90,7 @@ void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
 
 // Row `y` of one head: columns [begin, end) to out[column - begin][dim], dims padded with zeros to `dims`.
 template <class T>
-void copy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end, float* out,
+void load_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end, float* out,
           int64_t dims) {
   const T* pixel = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
                    begin * view.stride[2];
@@ -129,7 +106,7 @@ void copy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int6
 
 // The way back: in[column - begin][dim], times factor or (where given) times factors[column - begin].
 template <class T>
-void uncopy(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+void store_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
             float factor, const float* factors, const float* in, int64_t dims) {
   T* pixel = static_cast<T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] + begin * view.stride[2];
   const int64_t dd = view.stride[4];

@@ -39,7 +39,7 @@ struct PixelRows {
   // Makes a map row readable at a slot.
   void fetch(int64_t slot, int64_t map_row) const {
     if (!in_place)
-      copy<T>(view, p, item.batch, map_row, item.head, begin, end, copies + slot * (end - begin) * dims, dims);
+      load_row<T>(view, p, item.batch, map_row, item.head, begin, end, copies + slot * (end - begin) * dims, dims);
   }
   const float* at(int64_t slot, int64_t map_row, int64_t column) const {
     if (!in_place) return copies + (slot * (end - begin) + column - begin) * dims;
@@ -84,23 +84,23 @@ struct Tile {
       key_end = std::max(key_end, x + columns.last[x] * p.dilation + 1);
     }
     key_ld = leading(key_end - key_begin + 3 * L), query_ld = leading(end - begin + 3 * L);
-    keys = take_planes(scratch, ring * dims, key_ld, key_end - key_begin);
-    queries = take_planes(scratch, kRows * dims, query_ld, end - begin);
+    keys = allocate_planes(scratch, ring * dims, key_ld, key_end - key_begin);
+    queries = allocate_planes(scratch, kRows * dims, query_ld, end - begin);
     for (int64_t x = begin; x < end; x += L) {
       const auto firsts = std::minmax_element(columns.first + x, columns.first + std::min(x + L, end));
       ranges.push_back({*firsts.first, *firsts.second, *firsts.first + K - 1, *firsts.second + K - 1});
     }
   }
 
-  static float* take(float*& scratch, int64_t floats) {
+  static float* allocate(float*& scratch, int64_t floats) {
     float* const block = scratch;
     scratch += floats;
     return block;
   }
   // `rows` rows of `ld` floats, the first column behind a pad of L. The pads are zero: vectors at the ends read, and mask
   // away, up to L columns of them.
-  static float* take_planes(float*& scratch, int64_t rows, int64_t ld, int64_t columns) {
-    float* const block = take(scratch, rows * ld) + L;
+  static float* allocate_planes(float*& scratch, int64_t rows, int64_t ld, int64_t columns) {
+    float* const block = allocate(scratch, rows * ld) + L;
     for (int64_t i = 0; i < rows; ++i) {
       float* const row = block + i * ld;
       std::fill(row - L, row, 0.f);
@@ -114,7 +114,7 @@ struct Tile {
   int64_t slot(int64_t key_row) const { return key_row % ring; }
   int64_t stop() const { return start(row + rows - 1) + K; }  // behind the tile's last key row
   // Where the logit (or weight) of a tile row, window row and relative column lies, for the first column.
-  int64_t place(int64_t r, int64_t window_row, int64_t delta, int64_t ld) const {
+  int64_t logit_index(int64_t r, int64_t window_row, int64_t delta, int64_t ld) const {
     return ((r * K + window_row) * span + delta + K - 1) * ld;
   }
 
@@ -129,9 +129,9 @@ struct Tile {
 
   // Goes to the next query rows, of those up to `last_row`; load(key row) is called once for each that comes into reach.
   template <class Load>
-  void enter(int64_t first_row, int64_t last_row, Load load) {
+  void advance(int64_t first_row, int64_t last_row, Load load) {
     const int64_t left = last_row - first_row, tiles = (left + kRows - 1) / kRows;
-    row = first_row, rows = (left + tiles - 1) / tiles;  // evenly: a row alone has nobody to share with
+    row = first_row, rows = (left + tiles - 1) / tiles;  // evenly: rows of one tile share what they load
     for (int64_t k = std::max(packed, start(row)); k < stop(); ++k) {
       pack_keys(p.key, k, keys);
       load(k);
@@ -169,7 +169,7 @@ struct Tile {
       for (int64_t delta = reach.low; delta <= reach.high; delta += each) {
         const int64_t deltas = std::min(each, reach.high + 1 - delta);
         float* target[kRows];
-        for (int64_t r = 0; r < count; ++r) target[r] = out + place(first + r, k - start(row + first + r), delta, ld);
+        for (int64_t r = 0; r < count; ++r) target[r] = out + logit_index(first + r, k - start(row + first + r), delta, ld);
         const float* left = a + (first * dims + chunk) * query_ld + v * L;
         const float* right = b + (slot(k) * dims + chunk) * key_ld + (x + delta * p.dilation - key_begin);
         with_rows(count, [&](auto rows_of) {
@@ -193,14 +193,14 @@ struct Tile {
         const int64_t top = start(row + r) - (row + r) + K - 1;  // bias row of the window's first row
         Vec highest = nothing;
         for (int64_t i = 0; i < K; ++i) {
-          float* s = logits + place(r, i, reach.low, ld) + column;
+          float* s = logits + logit_index(r, i, reach.low, ld) + column;
           const float* bias = table ? table + (top + i) * span + reach.low + K - 1 : nullptr;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             Vec y = load(s);
             if (bias) y += splat(*bias++);
             if (!uniform) {
               const IntVec offset = splat(int32_t(delta)) - first;
-              y = select((offset >= 0) & (offset < splat(int32_t(K))), y, nothing);
+              y = select((offset >= splat(0)) & (offset < splat(int32_t(K))), y, nothing);
             }
             store(s, y);
             highest = select(y > highest, y, highest);
@@ -208,7 +208,7 @@ struct Tile {
         }
         Vec total{};
         for (int64_t i = 0; i < K; ++i) {
-          float* s = logits + place(r, i, reach.low, ld) + column;
+          float* s = logits + logit_index(r, i, reach.low, ld) + column;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             const Vec y = exp_of_negative(load(s) - highest);
             store(s, y);
@@ -232,7 +232,7 @@ struct Tile {
     for_key_rows([&](int64_t k, int64_t first, int64_t count) {
       Source row{source.at(slot(k), map_row(k), x), {}, int(first), int(count)};
       for (int64_t r = 0; r < count; ++r)
-        row.weights[r] = weights + place(first + r, k - start(this->row + first + r), 0, ld) + (from - origin) * L;
+        row.weights[r] = weights + logit_index(first + r, k - start(this->row + first + r), 0, ld) + (from - origin) * L;
       g.sources.push_back(row);
     });
     g.dims = vector_dims, g.rows = int(rows);

@@ -1,35 +1,29 @@
-// The C interface: cuts a problem into items, and runs them on the caller's threads with the best kernels of the machine.
+// The C interface: splits a problem into items, and runs them on the caller's threads with the best kernels of the machine.
 #include "na2d.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "machine.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <memory>
-#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace na2d {
 namespace {
 
-constexpr size_t kHugePage = 2 << 20;
 constexpr int64_t kAlign = 16;  // columns of an item start at multiples of the widest vector
+// Scratch per thread, unless 64 columns need more; tables of the bias gradient per call, see Tables.
+constexpr int64_t kForwardBytes = 1 << 20, kBackwardBytes = 4 << 20, kTableBytes = 4 << 20;
 
 // What the machine supports, best first.
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #ifdef NA2D_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    found.push_back(&avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
+  if (has_avx512()) found.push_back(&avx512);
+  if (has_avx2()) found.push_back(&avx2);
 #endif
   found.push_back(&baseline);
   return found;
@@ -38,16 +32,6 @@ std::vector<const Kernels*> supported() {
 std::atomic<const Kernels*> chosen{supported().front()};
 
 const Kernels& kernels() { return *chosen; }
-
-// Fresh memory is handed over page by page as it is first written; for large results that costs as much as computing them,
-// unless the pages are large.
-void advise_large_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 void advise_large_pages(const Na2dProblem& p, const Na2dView& view) {
   const int64_t sizes[5] = {p.batch, p.height, p.width, p.heads, p.dim};
@@ -61,14 +45,12 @@ void advise_large_pages(const Na2dProblem& p, const Na2dView& view) {
 struct Arena {
   float* data = nullptr;
   size_t floats = 0;
-  ~Arena() { std::free(data); }
+  ~Arena() { free_pages(data); }
   float* reserve(size_t wanted) {
     if (wanted > floats) {
-      std::free(data);
-      const size_t bytes = (wanted * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
-      data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
+      free_pages(data);
+      data = static_cast<float*>(allocate_pages(wanted * sizeof(float)));
       floats = data ? wanted : 0;
-      if (data) advise_large_pages(data, bytes);
     }
     return data;
   }
@@ -101,33 +83,62 @@ int64_t strip_width(const Na2dProblem& p, int64_t (*floats)(const Na2dProblem&, 
   return width;
 }
 
-std::vector<Item> cut(const Na2dProblem& p, int64_t width, int64_t least_rows) {
-  const int64_t strips = (p.width + width - 1) / width, classes = std::min<int64_t>(p.dilation, p.height);
-  const int64_t units = p.batch * p.heads * classes * strips, longest = class_length(p.height, p.dilation, 0);
-  // Several items per thread even out the ends; every cut repeats some packing.
+// The work of one call: for every head of every image the same number of items, one after the other.
+struct Items {
+  std::vector<Item> all;
+  int64_t per_head;
+};
+
+Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
+  const int64_t strips = (p.width + width - 1) / width, groups = std::min<int64_t>(p.dilation, p.height);
+  const int64_t units = p.batch * p.heads * groups * strips, longest = class_length(p.height, p.dilation, 0);
+  // Several items per thread even out the ends; every split repeats some packing.
   const int64_t wanted = (6 * p.threads + units - 1) / units;
   const int64_t chunks = p.threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / least_rows));
-  std::vector<Item> items;
-  items.reserve(units * chunks);
+  Items items{{}, groups * chunks * strips};
+  items.all.reserve(units * chunks);
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads; ++h)
-      for (int64_t r = 0; r < classes; ++r) {
+      for (int64_t r = 0; r < groups; ++r) {
         const int64_t length = class_length(p.height, p.dilation, r);
         for (int64_t c = 0; c < chunks; ++c)
           for (int64_t x = 0; x < p.width; x += width)
-            items.push_back({b, h, r, length * c / chunks, length * (c + 1) / chunks, x, std::min(p.width, x + width)});
+            items.all.push_back(
+                {b, h, r, length * c / chunks, length * (c + 1) / chunks, x, std::min(p.width, x + width)});
       }
   return items;
 }
 
+// Partial tables of the bias gradient. Each is the sum over some neighboring items of one head of one image, in their order
+// and by one thread, and the tables are summed up in theirs, so that the result does not depend on who did what. There are as
+// many as there are items, unless they would take more than kTableBytes; but at least one per head of each image.
+struct Tables {
+  int64_t size, items_of_each, per_head;
+  std::vector<float> data;
+
+  Tables(const Na2dProblem& p, const Items& items) : size((2 * p.kernel - 1) * (2 * p.kernel - 1)) {
+    const int64_t most = kTableBytes / (size * int64_t(sizeof(float))), heads = p.batch * p.heads;
+    const int64_t most_per_head = std::min(items.per_head, std::max<int64_t>(1, most / heads));
+    items_of_each = (items.per_head + most_per_head - 1) / most_per_head;
+    per_head = (items.per_head + items_of_each - 1) / items_of_each;
+    data.resize(heads * per_head * size);
+  }
+};
+
 struct Job {
   const Na2dProblem& problem;
   const Columns columns;
-  const std::vector<Item>& items;
+  const Items& items;
   const size_t floats;
-  float* grad_rpb;  // one partial table per item, or null going forward
-  std::atomic<size_t> next{0};
+  Tables* const tables;  // null going forward
+  std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
+
+  // What a thread does in one go: the items of one table, or one item.
+  int64_t units() const {
+    const int64_t heads = problem.batch * problem.heads;
+    return heads * (tables ? tables->per_head : items.per_head);
+  }
 
   void work() {
     thread_local Arena arena;
@@ -136,32 +147,43 @@ struct Job {
       out_of_memory = true;
       return;
     }
-    const int64_t table = (2 * problem.kernel - 1) * (2 * problem.kernel - 1);
-    for (size_t i = next++; i < items.size(); i = next++)
-      if (grad_rpb)
-        kernels().backward(problem, columns, items[i], scratch, grad_rpb + i * table);
+    const int64_t count = units();
+    for (int64_t i = next++; i < count; i = next++)
+      if (tables)
+        backward(i, scratch);
       else
-        kernels().forward(problem, columns, items[i], scratch);
+        kernels().forward(problem, columns, items.all[i], scratch);
+  }
+
+  void backward(int64_t unit, float* scratch) {
+    const int64_t head = unit / tables->per_head, first = unit % tables->per_head * tables->items_of_each;
+    const int64_t last = std::min(first + tables->items_of_each, items.per_head);
+    for (int64_t item = first; item < last; ++item)
+      kernels().backward(problem, columns, items.all[head * items.per_head + item], scratch,
+                         tables->data.data() + unit * tables->size);
   }
 };
 
 int run(Job& job) {
   const auto body = [](void* context) { static_cast<Job*>(context)->work(); };
-  const unsigned threads = unsigned(std::min<size_t>(job.problem.threads, job.items.size()));
+  const int64_t threads = std::min<int64_t>(job.problem.threads, job.units());
   if (threads <= 1) {
     job.work();
   } else if (job.problem.parallel) {
     job.problem.parallel(body, &job, unsigned(job.problem.threads), 0);
   } else {
     std::vector<std::thread> helpers;
-    for (unsigned i = 1; i < threads; ++i) helpers.emplace_back(body, &job);
+    helpers.reserve(threads - 1);
+    try {
+      while (int64_t(helpers.size()) < threads - 1) helpers.emplace_back(body, &job);
+    } catch (const std::system_error&) {
+      // The system has no more threads: those that are there do all the work.
+    }
     job.work();
     for (auto& helper : helpers) helper.join();
   }
   return job.out_of_memory;
 }
-
-constexpr int64_t kForwardBytes = 1 << 20, kBackwardBytes = 4 << 20;
 
 }  // namespace
 }  // namespace na2d
@@ -171,7 +193,7 @@ extern "C" int na2d_forward(const Na2dProblem* p) try {
   const Geometry geometry(*p);
   advise_large_pages(*p, p->out);
   const int64_t width = strip_width(*p, kernels().forward_floats, kForwardBytes);
-  const auto items = cut(*p, width, 2 * p->kernel);
+  const Items items = split(*p, width, 2 * p->kernel);
   Job job{*p, geometry.columns(), items, size_t(kernels().forward_floats(*p, width)), nullptr};
   return run(job);
 } catch (const std::exception&) {
@@ -183,20 +205,25 @@ extern "C" int na2d_backward(const Na2dProblem* p) try {
   const Geometry geometry(*p);
   for (const Na2dView* view : {&p->grad_query, &p->grad_key, &p->grad_value}) advise_large_pages(*p, *view);
   const int64_t width = strip_width(*p, kernels().backward_floats, kBackwardBytes);
-  const auto items = cut(*p, width, 4 * p->kernel);
-  const int64_t table = (2 * p->kernel - 1) * (2 * p->kernel - 1);
-  std::vector<float> partial(items.size() * table);
-  Job job{*p, geometry.columns(), items, size_t(kernels().backward_floats(*p, width)), partial.data()};
+  const Items items = split(*p, width, 4 * p->kernel);
+  Tables tables(*p, items);
+  Job job{*p, geometry.columns(), items, size_t(kernels().backward_floats(*p, width)), &tables};
   const int status = run(job);
-  if (p->grad_rpb) {  // in the order of the items, whatever thread did them: deterministic
-    std::fill_n(p->grad_rpb, p->heads * table, 0.f);
-    for (size_t i = 0; i < items.size(); ++i)
-      for (int64_t t = 0; t < table; ++t) p->grad_rpb[items[i].head * table + t] += partial[i * table + t];
+  if (p->grad_rpb) {
+    std::fill_n(p->grad_rpb, p->heads * tables.size, 0.f);
+    for (int64_t i = 0; i < job.units(); ++i) {
+      float* const head = p->grad_rpb + i / tables.per_head % p->heads * tables.size;
+      for (int64_t t = 0; t < tables.size; ++t) head[t] += tables.data[i * tables.size + t];
+    }
   }
   return status;
 } catch (const std::exception&) {
   return 1;
 }
+
+extern "C" int na2d_interface() { return NA2D_INTERFACE; }
+
+extern "C" int64_t na2d_problem_size() { return sizeof(Na2dProblem); }
 
 extern "C" const char* na2d_instruction_set() { return na2d::kernels().name; }
 

@@ -1,10 +1,10 @@
 """The Triton kernels of neighborhood attention: forward, gradient of the query and the bias, gradient of key and value.
 
-The positions of one residue class (row % dilation, column % dilation) form a small map of their own, on which attention
-is not dilated; neighbors on it are `dilation` apart in memory, so nothing is copied. A program takes one head and one
-TILE_ROWS x TILE_COLUMNS tile of such a map and walks over the block of positions that can interact with it,
+The positions of one dilation group (row % dilation, column % dilation) form a small map of their own, on which
+attention is not dilated; neighbors on it are `dilation` apart in memory, so nothing is copied. A program takes one head
+and one TILE_ROWS x TILE_COLUMNS tile of such a map and walks over the block of positions that can interact with it,
 ROWS x COLUMNS at a time: matrix products on the tensor cores, masked to every query's window. "Rows" and "columns" in
-here always count inside the residue class.
+here always count inside the dilation group.
 
 This module needs Triton when it is imported; with TRITON_INTERPRET=1 in the environment the kernels run in NumPy.
 """
@@ -46,9 +46,9 @@ def _query_range(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr):
 
 @triton.jit
 def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
-    """What this program works on: batch, head, residues, size of the residue class, first row and column of the tile.
+    """What this program works on: batch, head, residues, size of the dilation group, first row and column of the tile.
 
-    Heads run fastest, because they are neighbors in memory, then tiles of one class, which share keys.
+    Heads run fastest, because they are neighbors in memory, then tiles of one group, which share keys.
     """
     row_tiles = tl.cdiv(tl.cdiv(height, dilation), TILE_ROWS)
     column_tiles = tl.cdiv(tl.cdiv(width, dilation), TILE_COLUMNS)
@@ -70,7 +70,7 @@ def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMN
 
 @triton.jit
 def _steps(dilation, row, column, WIDE: tl.constexpr):
-    """Distance in memory of neighbors of a residue class, from that of rows and columns of the map."""
+    """Distance in memory of neighbors of a dilation group, from that of rows and columns of the map."""
     if WIDE:  # offsets inside one image need 64 bit; those of images always have them
         return dilation.to(tl.int64) * row, dilation.to(tl.int64) * column
     return dilation * row, dilation * column
@@ -78,7 +78,7 @@ def _steps(dilation, row, column, WIDE: tl.constexpr):
 
 @triton.jit
 def _first_pixel(batch, head, residue_row, residue_column, height, width, heads):
-    """Index of the first position of a residue class in the flattened [B, H, W, heads]; 64 bit."""
+    """Index of the first position of a dilation group in the flattened [B, H, W, heads]; 64 bit."""
     return ((batch.to(tl.int64) * height + residue_row) * width + residue_column) * heads + head
 
 

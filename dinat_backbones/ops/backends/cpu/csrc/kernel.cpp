@@ -20,19 +20,19 @@ void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item
   Tile<T> tile(p, columns, item, item.column_begin, item.column_end, scratch);
   const int64_t ld = leading(kGroup * L), out_row = kGroup * L * tile.vector_dims;
   const PixelRows<T> values(p, p.value, item, tile.key_begin, tile.key_end, tile.ring, scratch);
-  float* const logits = tile.take(scratch, kRows * tile.K * tile.span * ld);
-  float* const inverse = tile.take(scratch, kRows * ld);
-  float* const out = tile.take(scratch, kRows * out_row);
+  float* const logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
+  float* const inverse = tile.allocate(scratch, kRows * ld);
+  float* const out = tile.allocate(scratch, kRows * out_row);
   Gather sums;
   for (int64_t row = item.row_begin; row < item.row_end; row += tile.rows) {
-    tile.enter(row, item.row_end, [&](int64_t k) { values.fetch(tile.slot(k), tile.map_row(k)); });
+    tile.advance(row, item.row_end, [&](int64_t k) { values.fetch(tile.slot(k), tile.map_row(k)); });
     for (int64_t from = 0; from < tile.vectors; from += kGroup) {
       const int64_t to = std::min(from + kGroup, tile.vectors), x = tile.begin + from * L;
       tile.product(tile.queries, tile.keys, logits, ld, from, to);
       tile.softmax(logits, inverse, ld, from, to);
       tile.combine(sums, logits, ld, from, values, out, out_row, from, to);
       for (int64_t r = 0; r < tile.rows; ++r)
-        uncopy<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + kGroup * L, tile.end), 1,
+        store_row<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + kGroup * L, tile.end), 1,
                   inverse + r * ld, out + r * out_row, tile.vector_dims);
     }
   }

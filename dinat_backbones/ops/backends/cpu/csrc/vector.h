@@ -1,6 +1,8 @@
-// Vectors of NA2D_LANES floats in the compilers' own vector extension, and the sizes that follow from the registers.
+// Vectors of NA2D_LANES floats, and the sizes that follow from the registers.
 #pragma once
 #include <cstdint>
+
+#include "compiler.h"
 
 namespace na2d {
 namespace {
@@ -15,25 +17,18 @@ constexpr int kGroup = 4;                       // vectors of queries that are t
 constexpr int kPrefetch = 32;                   // columns ahead
 constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
 
-typedef float Vec __attribute__((vector_size(L * 4)));
-typedef int32_t IntVec __attribute__((vector_size(L * 4)));
-typedef float UnalignedVec __attribute__((vector_size(L * 4), aligned(4), may_alias));
-typedef int32_t UnalignedIntVec __attribute__((vector_size(L * 4), aligned(4), may_alias));
+}  // namespace
+}  // namespace na2d
 
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
-inline Vec splat(float x) { return Vec{} + x; }
-inline IntVec splat(int32_t x) { return IntVec{} + x; }
-inline IntVec load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
-inline Vec select(IntVec mask, Vec a, Vec b) { return Vec((IntVec(a) & mask) | (IntVec(b) & ~mask)); }
-// Keeps a vector in a register: compilers would rather load it again for each product it goes into.
-inline void in_register([[maybe_unused]] Vec& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
+#if defined(__GNUC__) && !defined(NA2D_PORTABLE_VECTORS)
+#include "vector_extension.h"
+#else
+#include "vector_portable.h"
 #endif
-}
+
+namespace na2d {
+namespace {
+
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 // Leading dimension of a transposed row: whole vectors, an odd number, so that dims don't share cache sets.
 inline int64_t leading(int64_t columns) { return (round_up(columns, L) / L | 1) * L; }
@@ -51,7 +46,7 @@ inline Vec exp_of_negative(Vec x) {
   p = p * f + splat(.240226477f);
   p = p * f + splat(.693147182f);
   p = p * f + splat(1.f);
-  return select(x < splat(-87.f), Vec{}, p * Vec(IntVec(shifted) << 23));
+  return select(x < splat(-87.f), Vec{}, p * as_float(as_int(shifted) << 23));
 }
 
 }  // namespace

@@ -1,0 +1,128 @@
+"""The two formats of `torch.save`, and plain pickles, read by `SafeUnpickler`; torch.load never sees the file.
+
+torch.load hands a TorchScript archive to `torch.jit.load`, before torch 2.6 even with ``weights_only=True``
+(CVE-2025-32434), and believes the sizes that a file states.
+"""
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy
+import torch
+from torch import Tensor
+
+from .objects import STORAGES, Inert
+from .unpickling import SafeUnpickler
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch.save before torch 1.6
+
+
+class WrongFormat(ValueError):
+    """The file is whole but something else than a checkpoint; the message ends the sentence "... is"."""
+
+
+def read_pickle(file: BinaryIO) -> Any:
+    """What `torch.save` (any version since 0.4) or `pickle.dump` put into a file, with numpy's arrays as tensors.
+
+    Args:
+        file: opened for reading in binary mode, at its beginning.
+
+    Raises:
+        WrongFormat: a TorchScript, numpy or other archive.
+        RefusedName: see there.
+        Exception: nearly any other for a damaged file.
+    """
+    if zipfile.is_zipfile(file):
+        return _read_zip(file)
+    file.seek(257)
+    if file.read(5) == b"ustar":
+        raise WrongFormat("a tar archive, which torch.save wrote before 2017 and TorchScript before 2018")
+    file.seek(0)
+    content = SafeUnpickler(file, load_bytes=_read_bytes).load()
+    return _read_legacy(file) if content == _MAGIC else content
+
+
+def _read_bytes(content: bytes) -> Any:
+    """A storage in a plain pickle, which is a file of torch.save itself."""
+    return read_pickle(io.BytesIO(content))
+
+
+class _Storages:
+    """Flat tensors by key; those of a file cannot have more bytes than the file.
+
+    Args:
+        size: of the file in bytes.
+        load: from key and number of bytes to a flat tensor of bytes.
+    """
+
+    def __init__(self, size: int, load: Callable[[str, int], Tensor]) -> None:
+        self.left, self.load, self.by_key = size, load, dict[str, Tensor]()
+
+    def __call__(self, pid: Any) -> Tensor:
+        """The answer to a persistent id: "storage", type, key, device, number of elements and, in old files, a view."""
+        kind, storage, key, _, count, *view = pid
+        if kind != "storage" or not isinstance(storage, Inert) or any(item is not None for item in view):
+            raise ValueError(f"a persistent id of {kind!r}")
+        dtype = STORAGES[storage.name.removeprefix("torch.")]
+        key, size = str(key), int(count) * dtype.itemsize
+        if key not in self.by_key:
+            self.left -= size
+            if size < 0 or self.left < 0:
+                raise EOFError(f"storage {key} should have {size} bytes, which are not there")
+            self.by_key[key] = self.load(key, size)
+        if len(self.by_key[key]) != size:
+            raise ValueError(f"storage {key} has {len(self.by_key[key])} bytes and should have {size}")
+        return self.by_key[key].view(dtype)
+
+
+def _read_zip(file: BinaryIO) -> Any:
+    size = file.seek(0, 2)
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        if any(re.fullmatch(r"(.*/)?(constants\.pkl|code/.*)", name) for name in names):
+            raise WrongFormat(
+                "a TorchScript archive, which is a program, not a state dict; save model.state_dict() of it"
+            )
+        if any(name.endswith(".npy") for name in names):
+            raise WrongFormat("an archive of numpy arrays (.npz)")
+        pickles = [name for name in names if re.fullmatch(r"([^/]*/)?data\.pkl", name)]
+        if len(pickles) != 1:
+            raise WrongFormat("a zip archive that torch.save did not write")
+        folder = pickles[0].removesuffix("data.pkl")
+        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+            raise WrongFormat("a compressed zip archive, which torch.save does not write")
+        if folder + "byteorder" in names and archive.read(folder + "byteorder") == b"big":
+            raise WrongFormat("a checkpoint of a big-endian machine")
+
+        def load(key: str, count: int) -> Tensor:
+            item = archive.getinfo(f"{folder}data/{key}")
+            if item.file_size != count:
+                raise ValueError(f"storage {key} has {item.file_size} bytes and should have {count}")
+            flat = torch.empty(count, dtype=torch.uint8)
+            flat.numpy()[:] = numpy.frombuffer(archive.read(item), numpy.uint8)
+            return flat
+
+        return SafeUnpickler(io.BytesIO(archive.read(pickles[0])), _Storages(size, load)).load()
+
+
+def _read_legacy(file: BinaryIO) -> Any:
+    """After the magic number: protocol, machine, content, the keys of its storages, and these in that order."""
+    start, size = file.tell(), file.seek(0, 2)
+    file.seek(start)
+    protocol, machine = (SafeUnpickler(file).load() for _ in range(2))
+    if protocol != 1001 or not machine.get("little_endian", True):
+        raise WrongFormat(f"a checkpoint of protocol {protocol} of a machine {machine}")
+    storages = _Storages(size, lambda key, count: torch.empty(count, dtype=torch.uint8))
+    content = SafeUnpickler(file, storages).load()
+    for key in SafeUnpickler(file).load():
+        flat = storages.by_key[str(key)]
+        (count,) = struct.unpack("<q", file.read(8))
+        if count and len(flat) % count:
+            raise ValueError(f"storage {key} has {len(flat)} bytes and should have {count} elements")
+        if file.readinto(flat.numpy()) != len(flat):  # type: ignore[attr-defined]
+            raise EOFError(f"storage {key} ends early")
+    return content

@@ -1,0 +1,235 @@
+"""The layers of the backbones, from the image to a stage. Maps between layers are ``[B, H, W, C]``.
+
+Module names are those of the published checkpoints.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
+
+NormLayer = Callable[[int], nn.Module]  # called with a width
+
+# On a CPU without gradients, an MLP whose hidden layer has LARGE_BYTES or more computes PIECE_BYTES of it at a time,
+# which stay in the cache, and takes 40 % less time. Smaller ones would lose: each product rearranges the weights.
+LARGE_BYTES, PIECE_BYTES = 16 << 20, 2 << 20
+
+
+class ConvTokenizer(nn.Module):
+    """Two 3x3 stride-2 convolutions and a norm: ``[B, in_chans, H, W]`` to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
+
+    def __init__(self, in_chans: int, embed_dim: int, norm_layer: NormLayer | None):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim // 2, 3, stride=2, padding=1),
+            nn.Conv2d(embed_dim // 2, embed_dim, 3, stride=2, padding=1),
+        )
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # channels_last makes the permutation below a view of contiguous memory
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.norm(x.permute(0, 2, 3, 1))
+        return x
+
+
+class ConvDownsampler(nn.Module):
+    """A 3x3 stride-2 convolution and a norm: ``[B, H, W, C]`` to ``[B, ceil(H/2), ceil(W/2), 2C]``."""
+
+    def __init__(self, dim: int, norm_layer: NormLayer):
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False)
+        self.norm = norm_layer(2 * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Patches of side P: ``[B, in_chans, H, W]``, zero-padded to multiples of P, to ``[B, H/P, W/P, embed_dim]``."""
+
+    def __init__(self, in_chans: int, embed_dim: int, norm_layer: NormLayer | None, patch_size: int = 4):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.norm(x.permute(0, 2, 3, 1))
+        return x
+
+
+class PatchMerging(nn.Module):
+    """2x2 pixels become one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, H/2, W/2, 2C]`` rounded up."""
+
+    def __init__(self, dim: int, norm_layer: NormLayer):
+        super().__init__()
+        self.norm = norm_layer(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # published channel order, as (row, column): (0,0) (1,0) (0,1) (1,1)
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        x = self.reduction(self.norm(x))
+        return x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, drop a sample's residual branch with probability `p`, scale the others up."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = 1 - self.p
+        return x * (x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep) / keep)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3f}"
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, each linear layer followed by dropout; ``[..., dim]`` to the same shape."""
+
+    def __init__(self, dim: int, hidden: int, drop: float):
+        super().__init__()
+        self.hidden = hidden
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and large_on_cpu(x, self.hidden) and runs_unobserved(self.fc1, self.fc2, self.drop):
+            return in_pieces(self._forward, x, self.hidden)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.drop(F.gelu(self.fc1(x)))
+        x = self.drop(self.fc2(x))
+        return x
+
+
+def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
+    """Whether an MLP with `hidden` channels on ``[..., C]`` is worth computing in pieces."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or x.device.type != "cpu" or traced:
+        return False
+    return x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
+
+
+def runs_unobserved(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
+    """Whether nobody can see in how many pieces these modules compute: all are of exactly these types, without hooks.
+
+    Anything else (a quantized layer, an adapter of PEFT) may look at the whole map.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    return all(
+        type(module) in types and not module._forward_hooks and not module._forward_pre_hooks for module in modules
+    )
+
+
+def in_pieces(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
+    """``mlp(x)`` of ``[..., C]``, computed for some pixels at a time."""
+    pixels = max(1, PIECE_BYTES // (hidden * x.element_size()))
+    pieces = x.flatten(0, -2).split(pixels)
+    return torch.cat([mlp(piece) for piece in pieces]).view(x.shape)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on ``[B, H, W, dim]``.
+
+    Args:
+        dim: channels.
+        mlp_ratio: hidden channels of the MLP, as a multiple of `dim`.
+        drop: dropout in the MLP.
+        drop_path: stochastic depth.
+        norm_layer: called with `dim`.
+        layer_scale: initial value of the learned factors `gamma1`, `gamma2`; None for none.
+        attention: ``[B, H, W, dim]`` to the same shape.
+    """
+
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        norm_layer: NormLayer,
+        layer_scale: float | None,
+        attention: nn.Module,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = attention
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.hidden = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, self.hidden, drop)
+        for name in ("gamma1", "gamma2"):
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.register_parameter(name, gamma)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
+        x = x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
+        return x
+
+    def _branch(self, x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+        x = self.drop_path(x if gamma is None else gamma * x)
+        return x
+
+
+class Stage(nn.Module):
+    """A run of blocks, then (but for the last stage) a downsampler; `with_cp`: activation checkpointing by block."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None, with_cp: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the feature map of this stage and the input of the next one, both ``[B, H, W, C]``."""
+        for block in self.blocks:
+            x = run_block(block, x, self.with_cp)
+        return x, x if self.downsample is None else self.downsample(x)
+
+
+def run_block(block: nn.Module, x: torch.Tensor, with_cp: bool) -> torch.Tensor:
+    """``block(x)``; where `with_cp` and gradients are on, the backward pass computes its activations anew."""
+    recompute = with_cp and torch.is_grad_enabled()
+    x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
+
+
+def drop_path_rates(last: float, blocks: int) -> list[float]:
+    """Stochastic depth of every block: from 0 in equal steps up to `last`.
+
+    Raises:
+        ValueError: `last` is no probability below 1.
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path_rate={last}: expected at least 0 and less than 1")
+    return [last * i / max(1, blocks - 1) for i in range(blocks)]
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights of standard deviation 0.02 and zero biases, as the published models began."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,29 @@
+"""The rule of `torch.autocast` for the op, the same for every backend.
+
+As for PyTorch's own attention, query, key and value are cast to the dtype of the autocast region, float64 excepted;
+`rpb` stays as it is, because softmax and its gradient accumulate in float32 anyway. The op itself runs with autocast
+off.
+"""
+
+import torch
+
+
+def enabled(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    if _PER_DEVICE:
+        return torch.is_autocast_enabled(device_type) if device_type in _DEVICE_TYPES else False
+    return torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled()
+
+
+def cast(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype of the autocast region it is in; float64 as it is."""
+    if tensor.dtype == torch.float64:
+        return tensor
+    device_type = tensor.device.type
+    if _PER_DEVICE:
+        return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype())
+
+
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+_PER_DEVICE = hasattr(torch, "get_autocast_dtype")  # since torch 2.4

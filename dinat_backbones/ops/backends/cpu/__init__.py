@@ -1,0 +1,119 @@
+"""The C++ kernel on the CPU.
+
+csrc/ is built by setup.py into a library with a plain C interface, `library.py` loads it, and `openmp.py` finds the
+threads it runs on.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from ...registration import CompiledBackend, Triple
+from . import library, openmp
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CPUBackend(CompiledBackend):
+    """float32 and bfloat16 on a CPU."""
+
+    dispatch_key = "CPU"
+    keeps_lse = False
+
+    def __init__(self, name: str):
+        self.library, self.missing = library.load()  # at import, so that torch.compile finds a constant
+        super().__init__(name)
+
+    def instruction_set(self) -> str:
+        """What the kernel runs on this machine: "avx512", "avx2" or "baseline".
+
+        Raises:
+            RuntimeError: there is no kernel.
+        """
+        if self.library is None:
+            raise RuntimeError(self.missing)
+        name: bytes = self.library.na2d_instruction_set()
+        return name.decode()
+
+    def use_instruction_set(self, name: str) -> bool:
+        """Run with another one from now on, for tests; False where this machine or build does not have it."""
+        return self.library is not None and self.library.na2d_use_instruction_set(name.encode()) == 0
+
+    def fault(self, device: torch.device) -> str:
+        """See `Backend`."""
+        return self.missing if device.type == "cpu" else ""
+
+    def unsupported(
+        self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> list[str]:
+        """See `Backend`."""
+        reasons = super().unsupported(qkv, rpb, kernel_size, dilation, scale)
+        if qkv[0].is_meta:
+            return reasons  # shapes alone need no library
+        if self.missing:
+            reasons.append(self.missing)
+        if qkv[0].device.type != "cpu":
+            reasons.append(f"the tensors are on {qkv[0].device}, the kernel runs on cpu")
+        if qkv[0].dtype not in DTYPES:
+            reasons.append(f"dtype {qkv[0].dtype} is not one of {', '.join(map(str, DTYPES))}")
+        return reasons
+
+    def forward(
+        self,
+        qkv: Triple,
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """See `CompiledBackend`."""
+        problem, _rpb = _problem(qkv, rpb, kernel_size, dilation, scale)
+        library.view(out, problem.out)
+        self._run("na2d_forward", problem, out)
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        qkv: Triple,
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        grad_qkv: torch.Tensor,
+        grad_rpb: torch.Tensor | None,
+    ) -> None:
+        """See `CompiledBackend`."""
+        problem, _rpb = _problem(qkv, rpb, kernel_size, dilation, scale)
+        library.view(grad_out, problem.grad_out)
+        for grad, view in zip(
+            grad_qkv.unbind(3), (problem.grad_query, problem.grad_key, problem.grad_value), strict=True
+        ):
+            library.view(grad, view)
+        problem.grad_rpb = None if grad_rpb is None else grad_rpb.data_ptr()
+        self._run("na2d_backward", problem, grad_out)
+
+    def _run(self, function: str, problem: library.Problem, like: torch.Tensor) -> None:
+        if getattr(self.library, function)(ctypes.byref(problem)):
+            raise MemoryError(f"{function}: no memory for scratch at query shape {list(like.shape)}")
+
+
+def _problem(
+    qkv: Triple, rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+) -> tuple[library.Problem, torch.Tensor | None]:
+    """What both passes tell the library, and the table it points to, which has to outlive the call."""
+    query, key, value = qkv
+    problem = library.Problem(*query.shape, kernel_size, dilation, query.dtype == torch.bfloat16)
+    problem.threads, problem.scale = torch.get_num_threads(), scale
+    problem.parallel = openmp.parallel()
+    library.view(query, problem.query)
+    library.view(key, problem.key)
+    library.view(value, problem.value)
+    if rpb is not None:
+        rpb = rpb.detach().to(torch.float32).contiguous()
+        problem.rpb = rpb.data_ptr()
+    return problem, rpb

@@ -1,0 +1,258 @@
+"""The op as torch sees it: `torch.ops.dinat_backbones.na2d_NAME` and `na2d_NAME_backward` for each compiled backend.
+
+Schema, checks, Meta, autograd and autocast are the same for all of them and stand here; a backend supplies the two
+kernels. `torch.compile` sees one node each way, and the checks hold for whoever calls an op directly. `flops.py` tells
+torch's FLOP counter what the ops compute; it is apart because that counter takes half a second to import.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import autocast, transforms
+from .backends.base import Backend
+from .checks import check_call, check_like_query, check_lse
+
+# qkv: either query, key and value, [B, H, W, heads, head_dim] each, or all in one, [B, H, W, 3, heads, head_dim].
+_CALL = "Tensor[] qkv, Tensor? rpb, int kernel_size, int dilation, float scale"
+# lse: what the backward kernel wants to know of the softmax, [B, H, W, heads] in float32; empty where it wants nothing.
+_FORWARD = f"({_CALL}) -> (Tensor out, Tensor lse)"
+# out and lse: given to backends that keep lse, else None. The gradient of the three always comes in one, so that a
+# packed qkv gets it without a copy.
+_BACKWARD = f"(Tensor grad_out, Tensor? out, Tensor? lse, {_CALL}) -> (Tensor grad_qkv, Tensor grad_rpb)"
+
+_library = torch.library.Library("dinat_backbones", "DEF")
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class CompiledBackend(Backend):
+    """A backend with kernels of its own. An instance registers its ops."""
+
+    takes_packed_qkv = True
+    dispatch_key: str  # of torch's dispatcher, under which the kernels run
+    keeps_lse: bool  # whether the backward kernel needs `out` and `lse`
+
+    def __init__(self, name: str):
+        self.name = name
+        _library.define(f"na2d_{name}{_FORWARD}")
+        _library.define(f"na2d_{name}_backward{_BACKWARD}")
+        self.op: torch._ops.OpOverload = getattr(torch.ops.dinat_backbones, f"na2d_{name}").default
+        self.backward_op: torch._ops.OpOverload = getattr(torch.ops.dinat_backbones, f"na2d_{name}_backward").default
+        implementations: list[tuple[torch._ops.OpOverload, Callable[..., Any], str]] = [
+            (self.op, self._run_forward, self.dispatch_key),
+            (self.op, self._forward_meta, "Meta"),
+            (self.op, self._differentiable, "Autograd"),
+            (self.op, self._autocast, "AutocastCPU"),
+            (self.op, self._autocast, "AutocastCUDA"),
+            (self.op, self._refuse_transforms, "FuncTorchBatched"),
+            (self.backward_op, self._run_backward, self.dispatch_key),
+            (self.backward_op, self._backward_meta, "Meta"),
+        ]
+        for op, function, key in implementations:
+            _library.impl(op, function, key)
+
+    @abstractmethod
+    def forward(
+        self,
+        qkv: Triple,
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """The forward kernel: fills `out` and, if `keeps_lse`, `lse`. The batch is not empty."""
+
+    @abstractmethod
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        qkv: Triple,
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        grad_qkv: torch.Tensor,
+        grad_rpb: torch.Tensor | None,
+    ) -> None:
+        """The backward kernel: fills `grad_qkv` and adds to `grad_rpb`, zeros in float32. The batch is not empty."""
+
+    def unsupported(
+        self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> list[str]:
+        """See `Backend`; subclasses add their reasons."""
+        return [transforms.REASON] if transforms.active() else []
+
+    def attention(
+        self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> torch.Tensor:
+        """See `Backend`."""
+        out: torch.Tensor = self.op(qkv, rpb, kernel_size, dilation, scale)[0]
+        return out
+
+    # ---- what torch's dispatcher calls
+
+    def _run_forward(
+        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        out, lse = self._new_outputs(query)
+        if out.numel():
+            self.forward((query, key, value), rpb, kernel_size, dilation, scale, out, lse)
+        return out, lse
+
+    def _run_backward(
+        self,
+        grad_out: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        self._check_saved(grad_out, out, lse, query)
+        grad_qkv = self._new_grad_qkv(query)
+        sums = query.new_zeros(0 if rpb is None else rpb.shape, dtype=torch.float32)
+        if grad_qkv.numel():
+            table = None if rpb is None else sums
+            self.backward(grad_out, out, lse, (query, key, value), rpb, kernel_size, dilation, scale, grad_qkv, table)
+        return grad_qkv, sums if rpb is None else sums.to(rpb.dtype)
+
+    def _forward_meta(
+        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_call(qkv, rpb, kernel_size, dilation)
+        return self._new_outputs(split(qkv)[0])
+
+    def _backward_meta(
+        self,
+        grad_out: torch.Tensor,
+        out: torch.Tensor | None,
+        lse: torch.Tensor | None,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_call(qkv, rpb, kernel_size, dilation)
+        query = split(qkv)[0]
+        self._check_saved(grad_out, out, lse, query)
+        grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
+        return self._new_grad_qkv(query), grad_rpb
+
+    def _differentiable(
+        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if transforms.active():
+            raise RuntimeError(f"{self.op}: {transforms.REASON}")
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, rpb) if t is not None)
+        result: tuple[torch.Tensor, torch.Tensor]
+        if wanted:
+            result = _Attention.apply(self, rpb, kernel_size, dilation, scale, *qkv)  # type: ignore[no-untyped-call]
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = self.op(qkv, rpb, kernel_size, dilation, scale)
+        return result
+
+    def _autocast(
+        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        qkv = [autocast.cast(tensor) for tensor in qkv]
+        with torch.autocast(qkv[0].device.type, enabled=False):
+            result: tuple[torch.Tensor, torch.Tensor] = self.op(qkv, rpb, kernel_size, dilation, scale)
+        return result
+
+    def _refuse_transforms(self, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError(f"{self.op}: {transforms.REASON}")
+
+    # ---- what those share
+
+    def _checked(
+        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+    ) -> Triple:
+        """Query, key and value of a call that is right and that can run here."""
+        check_call(qkv, rpb, kernel_size, dilation)
+        reasons = self.unsupported(qkv, rpb, kernel_size, dilation, scale)
+        if reasons:
+            raise RuntimeError(f"{self.op} cannot run this call: {'; '.join(reasons)}")
+        return split(qkv)
+
+    def _check_saved(
+        self, grad_out: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None, query: torch.Tensor
+    ) -> None:
+        check_like_query("grad_out", grad_out, query)
+        if self.keeps_lse:
+            if out is None or lse is None:
+                raise ValueError(f"{self.backward_op} needs out and lse of the forward pass")
+            check_like_query("out", out, query)
+            check_lse(lse, query)
+
+    def _new_outputs(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        lse = query.new_empty(query.shape[:-1] if self.keeps_lse else 0, dtype=torch.float32)
+        return query.new_empty(query.shape), lse
+
+    def _new_grad_qkv(self, query: torch.Tensor) -> torch.Tensor:
+        batch, height, width, heads, head_dim = query.shape
+        return query.new_empty((batch, height, width, 3, heads, head_dim))
+
+
+def split(qkv: Sequence[torch.Tensor]) -> Triple:
+    """Query, key and value, views of the packed tensor if it is one."""
+    query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(3)
+    return query, key, value
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: CompiledBackend,
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        *qkv: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = backend.op(qkv, rpb, kernel_size, dilation, scale)
+        ctx.save_for_backward(rpb, *((out, lse) if backend.keeps_lse else (None, None)), *qkv)
+        ctx.mark_non_differentiable(lse)
+        ctx.backend, ctx.settings = backend, (kernel_size, dilation, scale)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rpb, out, lse, *qkv = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_rpb, *grads = _differentiable_gradients(grad_out, rpb, qkv, *ctx.settings)
+        else:
+            grad_qkv, grad_rpb = ctx.backend.backward_op(grad_out, out, lse, qkv, rpb, *ctx.settings)
+            grads = [grad_qkv] if len(qkv) == 1 else grad_qkv.unbind(3)
+        return None, None if rpb is None else grad_rpb, None, None, None, *grads
+
+
+def _differentiable_gradients(
+    grad_out: torch.Tensor,
+    rpb: torch.Tensor | None,
+    qkv: list[torch.Tensor],
+    kernel_size: int,
+    dilation: int,
+    scale: float,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of rpb and qkv in plain operations, so that they can be differentiated once more."""
+    from .backends import tiled  # which this module must not need to be imported
+
+    out = tiled.plain_attention(split(qkv), rpb, kernel_size, dilation, scale)
+    inputs = [t for t in (rpb, *qkv) if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in (rpb, *qkv))
