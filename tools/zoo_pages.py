@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dinat_backbones import zoo
-from dinat_backbones.ops import reference
+from dinat_backbones.ops.backends import reference
 
 MARK = "<!-- written by tools/zoo_table.py from dinat_backbones/zoo -->"
 FRAMEWORKS = {"mmdet": "MMDetection", "mmseg": "MMSegmentation"}
