@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dinat_backbones import zoo
-from dinat_backbones.ops import reference
+from dinat_backbones.ops.backends import reference
 
 MARK = "<!-- written by tools/zoo_table.py from dinat_backbones/zoo -->"
 FRAMEWORKS = {"mmdet": "MMDetection", "mmseg": "MMSegmentation"}
@@ -59,7 +59,9 @@ def documents(root: Path) -> dict[Path, str]:
     """
     files = {}
     for folder in sorted({row.config.rpartition("/")[0] for row in zoo.rows() if getattr(row, "config", None)}):
-        files[root / "configs" / folder / "README.md"] = readme(folder)
+        files[root / "configs" / folder / "README.md"] = readme(
+            folder, sorted(path.name for path in (root / "configs" / folder).glob("*.py"))
+        )
         name, maps, title = pattern_of(folder)
         files[root / "docs" / "images" / name] = drawing(*maps, title=title)
     return files
@@ -68,17 +70,24 @@ def documents(root: Path) -> dict[Path, str]:
 # ------------------------------------------------------------------------------------------------------------- README
 
 
-def readme(folder: str) -> str:
-    """The README of a folder of configs, "mmdet/dinat" for example."""
+def readme(folder: str, configs: list[str]) -> str:
+    """The README of a folder of configs.
+
+    Args:
+        folder: "mmdet/dinat" for example.
+        configs: names of its files; those without a published row are listed without results.
+    """
     framework = folder.split("/")[0]
     rows = [row for row in zoo.rows() if getattr(row, "config", None) and row.config.rpartition("/")[0] == folder]
     family = rows[0].family
     name, _, title = pattern_of(folder)
     example = Path(rows[0].config).name
+    others = sorted(set(configs) - {Path(row.config).name for row in rows})
     sections = [
         f"# {family} in {FRAMEWORKS[framework]}\n\n{MARK}\n\n> {PAPERS[family]}\n\n{DESCRIPTIONS[family]}\n",
         f"![{title}](../../../docs/images/{name})\n",
         *(f"## {heading}\n\n{table(head, lines)}" for heading, head, lines in _tables(rows)),
+        *(["## Without published results\n\n" + "".join(f"- [{name}]({name})\n" for name in others)] if others else []),
         "Parameters are in millions and MACs in 10^9, as published. The checkpoints are those of the original release. "
         "`init_cfg`\ntakes a backbone's weights from them as they are; `dinat convert` rewrites a whole model "
         f"for this framework\n(`--to {LAYOUTS[framework]}`).\n",

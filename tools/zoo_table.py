@@ -8,7 +8,6 @@ python tools/zoo_table.py --check   write nothing, exit with status 1 if one of 
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ except ModuleNotFoundError:
     sys.exit(f"{sys.argv[0]}: needs PyYAML: pip install pyyaml")
 
 import zoo_pages
+from zoo_pages import table
 
 from dinat_backbones import zoo
 
@@ -54,49 +54,44 @@ def _model_zoo() -> str:
     sections = [
         INTRODUCTION,
         "## COCO, Mask R-CNN and Cascade Mask R-CNN, 3x\n\nSingle scale, 800 x 1333; MACs at 1280 x 800.\n",
-        _table(
+        table(
             ("model", "params", "GMACs", "box AP", "mask AP", "config", "checkpoint"),
             ((r.name, f"{r.params_m}M", r.gmacs, r.box_ap, r.mask_ap, _config(r), _file(r))
              for r in zoo.DETECTION.values()),
         ),
         "## ADE20K, UPerNet, 160k iterations\n\nWhole images; MACs at 2048 x 512, those of `large` at 2560 x 640.\n",
-        _table(
+        table(
             ("model", "crop", "params", "GMACs", "mIoU", "multi-scale", "config", "checkpoint"),
             ((r.name, r.size, f"{r.params_m}M", r.gmacs, r.miou_single_scale, r.miou_multi_scale, _config(r), _file(r))
              for r in zoo.SEGMENTATION.values()),
         ),
         "## Mask2Former with DiNAT-Large\n\nSingle scale unless said otherwise; MACs are averages over the validation "
         "images. The files are detectron2's.\n",
-        _table(
+        table(
             ("data and task", "params", "GMACs", "PQ", "AP", "mIoU", "multi-scale", "config", "checkpoint"),
             ((r.name, f"{r.params_m}M", r.gmacs, r.pq, r.ap, r.miou, r.miou_multi_scale, _config(r), _file(r))
              for r in zoo.MASK2FORMER.values()),
         ),
         "## ImageNet-1k\n",
-        _table(
+        table(
             ("model", "size", "kernel", "params", "GMACs", "top-1", "checkpoint"),
             ((r.name, r.resolution, r.kernel_size or "all", f"{r.params_m}M", r.gmacs, r.top1, _file(r))
              for r in zoo.CLASSIFICATION.values()),
         ),
         "## ImageNet-22k, to start from\n",
-        _table(
+        table(
             ("name", "checkpoint"),
             ((name, f"[pth]({url})") for name, url in zoo.PRETRAINED.items() if name not in zoo.CLASSIFICATION),
         ),
         "## Dilation settings\n\nOf `dilations=...` beside `arch=...`, for each of the four stages. A deeper stage "
         "repeats them; a shallower one\ntakes their end.\n",
-        _table(
+        table(
             ("name", "for", "kernel", "stage 1", "stage 2", "stage 3", "stage 4", "families"),
             ((f"`{s.name}`", s.task, s.kernel_size, *(", ".join(map(str, stage)) for stage in s.stages),
               ", ".join(s.families)) for s in zoo.DILATION_SETTINGS.values()),
         ),
     ]  # fmt: skip
     return "\n".join(sections)
-
-
-def _table(head: tuple[str, ...], lines: Iterable[tuple]) -> str:
-    rows = [head, ("---",) * len(head), *lines]
-    return "".join(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |\n" for row in rows)
 
 
 def _config(row: Any) -> str:
