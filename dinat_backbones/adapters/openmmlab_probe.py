@@ -88,6 +88,25 @@ def neck_maps(cfg: Any, inputs: Sequence[FeatureMap]) -> tuple[list[FeatureMap],
     return [FeatureMap(t.shape[1], max(1, round(IMAGE_SIZE / t.shape[3]))) for t in tensors], read
 
 
+def read_by_head(cfg: Any, inputs: Sequence[FeatureMap]) -> list[int] | None:
+    """The indices of the maps that a head of mmseg computes with, which may be fewer than it lists; None if its forward
+    wants more than maps, as those of cascades and of query-based heads do.
+
+    Raises:
+        SwapError: it cannot be built.
+    """
+    head = build(cfg, "head")
+    head.train()
+    try:
+        with torch.enable_grad():
+            outputs, leaves = run(head, inputs, IMAGE_SIZE, single=False, with_inputs=True)
+            tensors = [t.sum() for t in flatten(outputs) if t.requires_grad]
+            grads = torch.autograd.grad(tensors, leaves, allow_unused=True)
+    except Exception:
+        return None
+    return [i for i, grad in enumerate(grads) if grad is not None]
+
+
 def build(cfg: Any, part: str) -> Any:
     """A module of a config, on the meta device and in evaluation mode; its weights are not initialized or loaded.
 

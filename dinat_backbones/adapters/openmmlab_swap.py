@@ -25,6 +25,7 @@ from .openmmlab_probe import (
     build,
     is_sequence,
     neck_maps,
+    read_by_head,
     type_name,
 )
 from .openmmlab_recipe import set_optimizer
@@ -104,8 +105,8 @@ def find_model(model: ConfigDict) -> ConfigDict:
 
 def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """The entries that differ between two configs, one line each: "model.neck.in_channels: [256, 512] -> [64, 128]"."""
-    if path.endswith(".backbone") and isinstance(old, dict) and isinstance(new, dict):
-        yield f"{path}: {old.get('type')} -> {_short(new)}"
+    if isinstance(old, dict) and isinstance(new, dict) and ("arch" in new or path.endswith("custom_keys")):
+        yield f"{path}: {old.get('type') or _short(old)} -> {_short(new)}"
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
@@ -161,7 +162,7 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch) -> N
         del model["neck"]
         neck, old, read = None, seen_by_heads, list(range(len(seen_by_heads)))
     if neck is None and segmentor:
-        read = sorted({i for name in SEGMENTOR_HEADS for i in _read_by_head(model.get(name), len(old))})
+        read = sorted({i for name in SEGMENTOR_HEADS for i in _read_by_heads(model.get(name), old)})
     stage_of = _stages(old, read, segmentor)
     stages = sorted(set(stage_of.values()))
     new = [FeatureMap(named.embed_dim * 2**stage, STRIDES[stage]) for stage in stages]
@@ -221,7 +222,7 @@ def _map_neck(neck: ConfigDict, old: Sequence[FeatureMap], read: Sequence[int], 
     if is_sequence(given):
         before = [map.channels for map in old]
         backwards = list(given) == before[::-1] != before
-        neck.in_channels = channels[::-1] if backwards else channels
+        neck.in_channels = type(given)(channels[::-1] if backwards else channels)
     elif given is not None:
         neck.in_channels = channels[-1]
     skipped = read[0]
@@ -230,19 +231,25 @@ def _map_neck(neck: ConfigDict, old: Sequence[FeatureMap], read: Sequence[int], 
             neck[key] -= skipped
 
 
-def _read_by_head(head: Any, count: int) -> list[int]:
-    """Indices of the maps that a head of mmseg reads, or a list of heads."""
+def _read_by_heads(head: Any, old: Sequence[FeatureMap]) -> list[int]:
+    """Indices of the maps that a head of mmseg, or a list of heads, reads."""
     if isinstance(head, (list, tuple)):
-        return [i for part in head for i in _read_by_head(part, count)]
+        return [i for part in head for i in _read_by_heads(part, old)]
     if not isinstance(head, dict):
         return []
+    found = read_by_head(head, old)
+    return _listed_by_head(head, len(old)) if found is None else found
+
+
+def _listed_by_head(head: dict[str, Any], count: int) -> list[int]:
+    """Indices of the maps that the config of a head names."""
     read = [0] if "c1_in_channels" in head else []
     inner = [value for value in head.values() if isinstance(value, dict) and "in_index" in value]
     if "in_index" not in head and is_sequence(head.get("in_channels")):
         read += range(count)
     elif "in_channels" in head or not inner:
         read += [i % count for i in _listed(head.get("in_index", -1))]
-    return read + [i for part in inner for i in _read_by_head(part, count)]
+    return read + [i for part in inner for i in _listed_by_head(part, count)]
 
 
 def _map_segmentor_head(head: Any, old: Sequence[FeatureMap], new: Sequence[FeatureMap], position: dict[int, int]) -> None:
@@ -262,9 +269,10 @@ def _map_segmentor_head(head: Any, old: Sequence[FeatureMap], new: Sequence[Feat
         return
     everything = list(range(len(old))) if is_sequence(head.in_channels) and "in_index" not in head else None
     read = everything or [i % len(old) for i in _listed(head.get("in_index", -1))]
+    read = [i for i in read if i in position]  # EncHead without lateral connections lists more than it reads
     before = head.in_channels
     after = [new[position[i]].channels for i in read]
-    head.in_channels = after if is_sequence(before) else after[0]
+    head.in_channels = type(before)(after) if is_sequence(before) else after[0]
     if "in_index" in head or not is_sequence(before):
         index = [position[i] for i in read]
         head.in_index = index if is_sequence(head.get("in_index", -1)) else index[0]
@@ -289,7 +297,7 @@ def _map_channels(part: Any, old: Sequence[FeatureMap], new: Sequence[FeatureMap
         if key != "in_channels" and not is_extractor:
             _map_channels(value, old, new)
         elif is_sequence(value) and list(value) == before:
-            part[key] = after
+            part[key] = type(value)(after)
         elif len(before) == 1 and value == before[0]:
             part[key] = after[0]
 
