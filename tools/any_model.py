@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
@@ -102,7 +102,7 @@ def shrink(cfg: Config) -> Config:
     if preprocessor.get("test_cfg"):
         preprocessor.test_cfg = dict(size=(SIZE, SIZE))
     if "mode" in (cfg.model.get("test_cfg") or {}):
-        cfg.model.test_cfg = dict(mode="whole")
+        cfg.model.test_cfg.mode = "whole"
     return cfg
 
 
@@ -125,6 +125,7 @@ def train_and_predict(cfg: Config) -> None:
     """One step of training and a prediction of a shrunk model; AssertionError if a parameter of the backbone has no
     finite gradient."""
     torch.manual_seed(0)
+    MessageHub.get_current_instance().update_info("iter", 0)  # which some losses warm up by
     scope = cfg.get("default_scope") or "mmdet"
     cfg = shrink(cfg)
     with DefaultScope.overwrite_default_scope(scope):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
 
@@ -88,9 +89,15 @@ def neck_maps(cfg: Any, inputs: Sequence[FeatureMap]) -> tuple[list[FeatureMap],
     return [FeatureMap(t.shape[1], max(1, round(IMAGE_SIZE / t.shape[3]))) for t in tensors], read
 
 
-def read_by_head(cfg: Any, inputs: Sequence[FeatureMap]) -> list[int] | None:
-    """The indices of the maps that a head of mmseg computes with, which may be fewer than it lists; None if its forward
-    wants more than maps, as those of cascades and of query-based heads do.
+def read_by_head(cfg: Any, inputs: Sequence[FeatureMap], size: int) -> list[int] | None:
+    """The indices of the maps that a head of mmseg computes with, which may be fewer than it lists.
+
+    Args:
+        size: of the images.
+
+    Returns:
+        None if it does not run: on these maps, or because its forward wants more than maps, as that of a query-based
+        head does.
 
     Raises:
         SwapError: it cannot be built.
@@ -99,7 +106,7 @@ def read_by_head(cfg: Any, inputs: Sequence[FeatureMap]) -> list[int] | None:
     head.train()
     try:
         with torch.enable_grad():
-            outputs, leaves = run(head, inputs, IMAGE_SIZE, single=False, with_inputs=True)
+            outputs, leaves = run(head, inputs, size, single=False, with_inputs=True)
             tensors = [t.sum() for t in flatten(outputs) if t.requires_grad]
             grads = torch.autograd.grad(tensors, leaves, allow_unused=True)
     except Exception:
@@ -132,7 +139,8 @@ def run(module: Any, inputs: Sequence[FeatureMap], size: int, *, single: bool, w
     for device in ("meta", "cpu"):
         try:
             module = module.to_empty(device="cpu") if device == "cpu" else module.to(device)
-            maps = [map.zeros(device, size).requires_grad_(with_inputs) for map in inputs]
+            side = size if device == "meta" or single else IMAGE_SIZE  # a neck or head computes for long
+            maps = [map.zeros(device, side).requires_grad_(with_inputs) for map in inputs]
             outputs = module(maps[0] if single else tuple(maps))
         except Exception:
             if device == "cpu":
@@ -145,9 +153,8 @@ def run(module: Any, inputs: Sequence[FeatureMap], size: int, *, single: bool, w
 def without_weights(cfg: Any) -> Any:
     """A copy of a part's config in which nothing names a checkpoint."""
     if isinstance(cfg, dict):
-        return {
-            key: without_weights(value) for key, value in cfg.items() if key not in ("init_cfg", "pretrained")
-        }
+        kept = {key: without_weights(value) for key, value in cfg.items() if key not in ("init_cfg", "pretrained")}
+        return ConfigDict(kept)
     return type(cfg)(map(without_weights, cfg)) if isinstance(cfg, (list, tuple)) else cfg
 
 

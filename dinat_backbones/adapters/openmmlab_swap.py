@@ -70,7 +70,7 @@ def with_backbone(
         import_framework(cfg.get("default_scope") or "mmdet")
         model = find_model(cfg.model)
         old = _maps_of(model)
-        _replace(model, old, named)
+        _replace(model, old, named, min(_crop(cfg)))
         model.backbone.update(_arguments(cfg, named, dilations, checkpoint, model.backbone))
         build(model, "model")
     _forget_old_weights(cfg, model)
@@ -145,8 +145,9 @@ def _maps_of(model: ConfigDict) -> list[FeatureMap]:
     return [FeatureMap(*pair) for pair in zip(channels, STRIDES[-count:], strict=True)]
 
 
-def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch) -> None:
-    """Puts `out_indices` into a new backbone, and the new channels into the neck and the heads."""
+def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch, size: int) -> None:
+    """Puts `out_indices` into a new backbone, and the new channels into the neck and the heads; segmentors are given
+    images of `size`."""
     if "shared_head" in (model.get("roi_head") or {}):
         raise SwapError("roi_head.shared_head is the last stage of the old backbone (C4), which reads its own stage 3")
     segmentor = any(head in model for head in SEGMENTOR_HEADS)
@@ -162,7 +163,7 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch) -> N
         del model["neck"]
         neck, old, read = None, seen_by_heads, list(range(len(seen_by_heads)))
     if neck is None and segmentor:
-        read = sorted({i for name in SEGMENTOR_HEADS for i in _read_by_heads(model.get(name), old)})
+        read = sorted({i for name in SEGMENTOR_HEADS for i in _read_by_heads(model.get(name), old, size)})
     stage_of = _stages(old, read, segmentor)
     stages = sorted(set(stage_of.values()))
     new = [FeatureMap(named.embed_dim * 2**stage, STRIDES[stage]) for stage in stages]
@@ -182,7 +183,12 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch) -> N
         old, new, position = seen_by_heads, seen_now, {i: i for i in range(len(seen_now))}
     if segmentor:
         for name in SEGMENTOR_HEADS:
+            runs = [read_by_head(head, old, size) is not None for head in _heads(model.get(name))]
             _map_segmentor_head(model.get(name), old, new, position)
+            for head, ran in zip(_heads(model.get(name)), runs, strict=True):
+                if ran and read_by_head(head, new, size) is None:
+                    strides = [map.stride for map in new]
+                    raise SwapError(f"{head['type']} does not run on maps of strides {strides} of {size} x {size} pixels")
     else:
         _map_channels({key: value for key, value in model.items() if key not in NOT_BEHIND}, old, new)
 
@@ -231,14 +237,18 @@ def _map_neck(neck: ConfigDict, old: Sequence[FeatureMap], read: Sequence[int], 
             neck[key] -= skipped
 
 
-def _read_by_heads(head: Any, old: Sequence[FeatureMap]) -> list[int]:
+def _heads(head: Any) -> list[dict[str, Any]]:
+    """A head of mmseg or a list of heads, as a list."""
+    return list(head) if isinstance(head, (list, tuple)) else [head] if isinstance(head, dict) else []
+
+
+def _read_by_heads(heads: Any, old: Sequence[FeatureMap], size: int) -> list[int]:
     """Indices of the maps that a head of mmseg, or a list of heads, reads."""
-    if isinstance(head, (list, tuple)):
-        return [i for part in head for i in _read_by_heads(part, old)]
-    if not isinstance(head, dict):
-        return []
-    found = read_by_head(head, old)
-    return _listed_by_head(head, len(old)) if found is None else found
+    read = []
+    for head in _heads(heads):
+        found = read_by_head(head, old, size)
+        read += _listed_by_head(head, len(old)) if found is None else found
+    return read
 
 
 def _listed_by_head(head: dict[str, Any], count: int) -> list[int]:

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.out.suffix != ".py":
         stop(f"--out {args.out}: expected a name that ends in .py")
-    swapped, changed = swap_backbone(args)
+    swapped, changed = swap_backbone(args, args.config)
     with atomic_write(args.out) as partial:
         swapped.dump(str(partial))
     print("\n".join([*changed, f"{args.out} is written"]))
@@ -50,13 +50,13 @@ def add_backbone_options(parser: argparse.ArgumentParser, required: bool = False
     parser.add_argument("--keep-optimizer", action="store_true", help="leave optim_wrapper and param_scheduler alone")
 
 
-def swap_backbone(args: argparse.Namespace) -> tuple[Any, list[str]]:
-    """The config `args.config` with the backbone `args.backbone`, and what changed, in lines.
+def swap_backbone(args: argparse.Namespace, config: str) -> tuple[Any, list[str]]:
+    """A config with the backbone `args.backbone`, and what changed, in lines.
 
     Raises:
         SystemExit: the config does not exist, or its model is tied to its backbone.
     """
-    cfg = load_config(args.config, import_custom_modules=False)
+    cfg = load_config(config, import_custom_modules=False)
     from ..adapters.openmmlab_swap import changes, with_backbone
 
     try:
@@ -68,20 +68,20 @@ def swap_backbone(args: argparse.Namespace) -> tuple[Any, list[str]]:
             keep_optimizer=args.keep_optimizer,
         )
     except ValueError as error:
-        stop(f"--backbone {args.backbone} with {args.config}: {error}")
+        stop(f"--backbone {args.backbone} with {config}: {error}")
     return swapped, list(changes(cfg.to_dict(), swapped.to_dict()))
 
 
-def with_backbone_written(args: argparse.Namespace) -> str:
-    """The path of `args.config`, or with `args.backbone` that of a temporary file with the swapped config."""
+def with_backbone_written(args: argparse.Namespace, config: str) -> str:
+    """The path of a config, or with `args.backbone` that of a temporary file with the swapped config."""
     if args.backbone is None:
-        return str(resolve_config(args.config))
-    swapped, changed = swap_backbone(args)
+        return str(resolve_config(config))
+    swapped, changed = swap_backbone(args, config)
     print("\n".join(changed))
     folder = Path(tempfile.mkdtemp(prefix="dinat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # the scripts of the frameworks name the work folder after the file
-    path = folder / f"{Path(args.config.rpartition('::')[2]).stem}_{args.backbone}.py"
+    path = folder / f"{Path(config.rpartition('::')[2]).stem}_{args.backbone}.py"
     swapped.dump(str(path))
     return str(path)
 
@@ -97,6 +97,5 @@ def replace_config(words: Sequence[str]) -> list[str]:
         if args.backbone is not None:
             stop("--backbone needs a config")
         return rest
-    args.config = config
-    path = with_backbone_written(args)
+    path = with_backbone_written(args, config)
     return [path if word == config else word for word in rest]

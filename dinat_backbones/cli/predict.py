@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_backbone_options(parser)
     args = parser.parse_args(arguments)
     if args.backbone or "::" in args.config:
-        args.config = with_backbone_written(args)
+        args.config = with_backbone_written(args, args.config)
     draw_all(args, lambda: load_predictor(args))
 
 
