@@ -2,8 +2,12 @@
 
     dinat train CONFIG [--work-dir DIR] [--amp] [--auto-scale-lr] [--resume [CHECKPOINT]]
                        [--cfg-options KEY=VALUE ...] [--launcher none|pytorch|slurm|mpi]
+                       [--backbone ARCH] [--dilations SETTING] [--checkpoint-backbone FILE|none] [--keep-optimizer]
     torchrun --nproc-per-node 8 -m dinat_backbones train CONFIG --launcher pytorch
     dinat train --config-file CONFIG.yaml [--num-gpus N] [--resume] [KEY VALUE ...]          # Detectron2
+
+CONFIG is a file or a packaged name such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. With --backbone its model gets
+a NAT, DiNAT or DiNAT_s for a backbone, see `dinat config --help`.
 
 Runs the training script that mmdet, mmseg or mmpretrain (the config's `default_scope`) installs; `dinat train CONFIG
 --help` lists its options. With --config-file it is Detectron2's trainer, see cli/train_detectron2.py.
