@@ -48,7 +48,7 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
         raise ValueError(
             f"{path} needs code to be read: it asks for {error}. That could run anything, so the file was refused. If "
             "you trust its origin, read it with dinat_backbones.checkpoint.read(path, allow_pickle=True) or "
-            "tools/convert_checkpoint.py --allow-pickle, and save the tensors alone"
+            "`dinat convert --allow-pickle`, and save the tensors alone"
         ) from None
     except WrongFormat as error:
         raise ValueError(f"{path} is {error}; expected a file of torch.save or safetensors with a state dict") from None
