@@ -31,7 +31,7 @@ ITERATIONS = 3
 
 
 def demo_config(model: str, size: int) -> Any:
-    """A shipped demo with its data here. After so few steps scores are low: a panoptic one keeps segments of any score."""
+    """A shipped demo with its data here. Scores are low after few steps: a panoptic one keeps all segments."""
     from mmengine.config import Config
 
     cfg = Config.fromfile(CONFIGS / "demo" / f"{model}_dinat_shapes.py")
