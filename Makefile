@@ -28,12 +28,15 @@ demo-panoptic: setup-classic
 	.venv-classic/bin/python tools/demo.py panoptic
 
 test: setup
+	.venv/bin/dinat info
 	.venv/bin/python $(PYTEST)
 
 # What depends on versions of torch, NATTEN, OpenMMLab or Detectron2.
 test-classic: setup-classic
+	.venv-classic/bin/dinat info
 	.venv-classic/bin/python $(PYTEST) tests/ops tests/checkpoint tests/adapters tests/configs tests/test_attention.py \
-		tests/test_backbone.py tests/test_classifier.py tests/cli/test_validate.py tests/cli/test_prepare.py
+		tests/test_backbone.py tests/test_classifier.py \
+		tests/cli/test_commands.py tests/cli/test_prepare.py tests/cli/test_validate.py
 
 lint: setup
 	.venv/bin/ruff check .

@@ -1,10 +1,10 @@
 """What tests share: where things are, golden arrays, random inputs of the op, and running a command."""
 
+import contextlib
+import io
 import json
 import os
 import random
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dinat_backbones import neighborhood_attention_2d
+from dinat_backbones.cli import convert
 from dinat_backbones.ops import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +180,16 @@ def environment(*paths, **variables):
 
 
 def run_tool(*arguments, code=0):
-    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == code, run.stderr
-    return run.stdout if code == 0 else run.stderr
+    """`dinat convert` in this process: what it prints, or the message of an expected failure."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            convert.main([str(word) for word in arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+    if isinstance(status, str):
+        err.write(status)
+        status = 1
+    assert status == code, err.getvalue()
+    return out.getvalue() if code == 0 else err.getvalue()

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import dinat_backbones
-from dinat_backbones import NAT, DiNAT, DiNAT_s, backbone, zoo
-from helpers import EVERYWHERE, GOLDEN, fill_by_name, load_golden, published_state
+from dinat_backbones import NAT, DiNAT, DiNAT_s, layers, zoo
+from helpers import EVERYWHERE, GOLDEN, PUBLISHED, assert_near, fill_by_name, load_golden, published_state
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
 NETS = sorted(path.stem for path in GOLDEN.glob("net_*.npz"))
@@ -33,22 +32,21 @@ def test_golden(name, backend):
     for i, out in enumerate(outs):
         assert out.is_contiguous()
         assert list(out.shape) == arrays[f"out{i}_shape"].tolist()
-        got = out.detach().flatten()[:: int(arrays[f"out{i}_step"])].numpy()
-        assert np.abs(got - arrays[f"out{i}"]).max() <= 1e-4
-    assert abs(loss.item() - arrays["loss"]) <= 1e-4
-    assert np.abs(x.grad.flatten()[:: int(arrays["grad_input_step"])].numpy() - arrays["grad_input"]).max() <= 1e-4
+        assert_near([out.detach().flatten()[:: int(arrays[f"out{i}_step"])]], [torch.tensor(arrays[f"out{i}"])], 1e-4)
+    assert loss.item() == pytest.approx(float(arrays["loss"]), rel=1e-4)
+    assert_near([x.grad.flatten()[:: int(arrays["grad_input_step"])]], [torch.tensor(arrays["grad_input"])], 1e-4)
     parameters = dict(model.named_parameters())
     tables = [key.removeprefix("grad_") for key in arrays if key.endswith("rpb")]
     assert sorted(tables) == sorted(n for n in parameters if n.endswith("rpb"))  # the published names
     for table in tables:
-        assert np.abs(parameters[table].grad.numpy() - arrays[f"grad_{table}"]).max() <= 1e-4
+        assert_near([parameters[table].grad], [torch.tensor(arrays[f"grad_{table}"])], 1e-4)
 
 
 @pytest.mark.parametrize("name", list(zoo.ARCHS))
 def test_published_names_and_shapes(name):
     arch = zoo.ARCHS[name]
     with torch.device("meta"):
-        model = FAMILIES[arch.family](arch=name)
+        model = FAMILIES[arch.family](arch=name, dilations=None if arch.family == "NAT" else "coco")
     got = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     values = (arch.embed_dim, arch.depths, arch.num_heads, arch.mlp_ratio, arch.layer_scale)
     assert got == published_state(arch.family, *values)
@@ -57,10 +55,12 @@ def test_published_names_and_shapes(name):
 @pytest.mark.parametrize("row", [*zoo.DETECTION.values(), *zoo.SEGMENTATION.values()], ids=lambda row: row.name)
 def test_arch_and_setting_equal_the_written_out_arguments(row):
     """`arch=`, `dilations=` name the same backbone as the plain keyword arguments of the published config."""
+    table = PUBLISHED["detection" if isinstance(row, zoo.Detection) else "segmentation"]
+    arguments = dict(table[f"{row.family.lower()}/{row.name}"]["backbone"])
+    family = FAMILIES[arguments.pop("type")]
     with torch.device("meta"):
-        family = FAMILIES[zoo.ARCHS[row.arch].family]
-        named = family(arch=row.arch, dilations=row.dilations, drop_path_rate=row.drop_path_rate)
-        written = family(**zoo.backbone_kwargs(row))
+        named = family(arch=row.arch, dilations=row.dilations, drop_path_rate=arguments["drop_path_rate"])
+        written = family(**arguments)
     assert named.dilations == written.dilations
     assert str(named) == str(written)
     assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in written.state_dict().items()}
@@ -69,7 +69,7 @@ def test_arch_and_setting_equal_the_written_out_arguments(row):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 70), (5, 3), (33, 64), (50, 47)])
 def test_any_size(family, height, width):
-    model = FAMILIES[family](**SMALL, dilations=[[4], [1, 2]]).eval()
+    model = FAMILIES[family](**SMALL, dilations=None if family == "NAT" else [[4], [1, 2]]).eval()
     outs = model(torch.randn(2, 3, height, width))
     assert model.out_channels == (16, 32)
     assert model.out_strides == (4, 8)
@@ -90,11 +90,118 @@ def test_inference_in_pieces_changes_nothing(monkeypatch):
     whole = [out.detach() for out in model(image)]  # gradients are on
     # single pixels; a last piece of another size; no pieces
     for large, size in ((0, 1), (0, 5000), (1 << 40, 1)):
-        monkeypatch.setattr(backbone, "LARGE_BYTES", large)
-        monkeypatch.setattr(backbone, "PIECE_BYTES", size)
+        monkeypatch.setattr(layers, "LARGE_BYTES", large)
+        monkeypatch.setattr(layers, "PIECE_BYTES", size)
         with torch.no_grad():
-            pieces = model(image)
-        assert max((a - b).abs().max() for a, b in zip(pieces, whole, strict=True)) < 1e-5
+            assert_near(model(image), whole)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("pieces", [True, False])
+def test_hooks_see_every_map_once_and_keep_it(monkeypatch, gradients, pieces):
+    """Inputs and outputs of each module of a block, `[B, H, W, C]`, as they were after the call that made them."""
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0 if pieces else 1 << 40)
+    monkeypatch.setattr(layers, "PIECE_BYTES", 1000)
+    model, kept = DiNAT(**SMALL, layer_scale=0.5).eval(), []
+    names = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("norm1", "attn", "norm2", "mlp")}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            tensors = (*inputs, output)
+            kept.append((name, tensors, [tensor.detach().clone() for tensor in tensors]))
+
+        return hook
+
+    for name in names:
+        model.levels[1].get_submodule(name).register_forward_hook(keep(name))
+    with torch.set_grad_enabled(gradients):
+        outs = model(torch.randn(2, 3, 40, 50))
+    assert sorted(name for name, _, _ in kept) == sorted(names)
+    for name, tensors, copies in kept:
+        assert [tuple(tensor.shape) for tensor in tensors] == [(2, 5, 7, 32)] * 2, name
+        assert all(map(torch.equal, tensors, copies)), name
+    assert all(out.isfinite().all() for out in outs)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_hooked_or_replaced_layers_of_the_mlp_see_whole_maps(monkeypatch, gradients):
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
+    monkeypatch.setattr(layers, "PIECE_BYTES", 1)
+    x, shapes = torch.randn(2, 5, 7, 16), []
+
+    def hook(module, inputs, *output):
+        shapes.append(tuple(inputs[0].shape))
+
+    class Recorder(torch.nn.Linear):
+        def forward(self, x):
+            shapes.append(tuple(x.shape))
+            return super().forward(x)
+
+    def replace(mlp):
+        mlp.fc1 = Recorder(16, 32)
+
+    watch = [
+        (lambda mlp: mlp.fc1.register_forward_hook(hook), [(2, 5, 7, 16)]),
+        (lambda mlp: mlp.fc2.register_forward_pre_hook(hook), [(2, 5, 7, 32)]),
+        (lambda mlp: mlp.drop.register_forward_hook(hook), [(2, 5, 7, 32), (2, 5, 7, 16)]),
+        (replace, [(2, 5, 7, 16)]),
+    ]
+    for start, expected in watch:
+        mlp = layers.Mlp(16, 32, drop=0.0).eval()
+        start(mlp)
+        with torch.set_grad_enabled(gradients):
+            assert mlp(x).shape == x.shape
+        assert shapes == expected
+        shapes.clear()
+    mlp = layers.Mlp(16, 32, drop=0.0).eval()
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)  # of all modules
+    try:
+        with torch.set_grad_enabled(gradients):
+            mlp(x)
+    finally:
+        handle.remove()
+    assert set(shapes) == {(2, 5, 7, 16), (2, 5, 7, 32)}
+
+
+@pytest.mark.parametrize("family", ["DiNAT", "DiNAT_s"])
+@pytest.mark.parametrize("name", ["tiny", "large"])
+def test_arch_needs_dilations(family, name):
+    """With dilation 1 everywhere it would load a published file completely, and be wrong."""
+    arch = f"{family.lower()}_{name}"
+    with pytest.raises(ValueError) as caught:
+        FAMILIES[family](arch=arch)
+    message = str(caught.value)
+    assert message.startswith(f"{family}(arch='{arch}') needs dilations=")
+    published = [setting for setting in zoo.DILATION_SETTINGS.values() if family in setting.families]
+    assert len(published) == {"DiNAT": 7, "DiNAT_s": 5}[family]
+    for setting in published:  # what it is for, and its kernel size
+        assert f"'{setting.name}' ({setting.task}, kernel size {setting.kernel_size})" in message
+    with torch.device("meta"):  # the architecture's numbers without its name: as in the published code
+        known = zoo.ARCHS[arch]
+        numbers = dict(embed_dim=known.embed_dim, depths=known.depths, num_heads=known.num_heads, mlp_ratio=2.0)
+        assert {d for stage in FAMILIES[family](**numbers).dilations for d in stage} == {1}
+
+
+def test_setting_brings_its_kernel_size():
+    with torch.device("meta"):
+        model = DiNAT(arch="dinat_large", dilations="mask2former")
+        assert model.kernel_size == model.levels[0].blocks[0].attn.kernel_size == 11
+        assert DiNAT(arch="dinat_large", dilations="mask2former", kernel_size=11).kernel_size == 11
+        assert DiNAT(arch="dinat_large", dilations="coco").kernel_size == 7
+        written = DiNAT(arch="dinat_large", dilations=model.dilations, kernel_size=5)
+        assert (written.kernel_size, written.dilations) == (5, model.dilations)
+    for setting, given, own in (("mask2former", 7, 11), ("coco", 11, 7)):
+        with pytest.raises(ValueError, match=f"kernel_size={given} contradicts dilations='{setting}'.* {own}: "):
+            DiNAT(arch="dinat_large", dilations=setting, kernel_size=given)
+
+
+def test_nat_has_dilation_1():
+    with torch.device("meta"):
+        assert NAT(arch="nat_mini", dilations=[[1] * 3, [1] * 4, [1] * 6, [1] * 5]).dilations[0] == (1, 1, 1)
+    with pytest.raises(ValueError, match="arch='nat_mini' with dilations='coco': NAT has dilation 1 everywhere"):
+        NAT(arch="nat_mini", dilations="coco")
+    with pytest.raises(ValueError, match=r"dilations=\[\[1\], \[1, 2\]\]: NAT has dilation 1 everywhere; use DiNAT"):
+        NAT(**SMALL, dilations=[[1], [1, 2]])
 
 
 def test_memory_format_does_not_matter():
@@ -138,8 +245,7 @@ def test_activation_checkpointing_changes_nothing(family):
         x = torch.randn(2, 3, 40, 36, generator=torch.Generator().manual_seed(1), requires_grad=True)
         sum(out.square().mean() for out in model(x)).backward()
         results.append([x.grad, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    assert_near(*results)
 
 
 def test_stochastic_depth_rises_linearly():
@@ -149,7 +255,7 @@ def test_stochastic_depth_rises_linearly():
 
 
 def test_stochastic_depth_drops_samples_and_keeps_the_mean():
-    drop = dinat_backbones.backbone.DropPath(0.25).train()
+    drop = layers.DropPath(0.25).train()
     out = drop(torch.ones(4000, 2, 3))
     kept = out[:, 0, 0] != 0
     assert torch.equal(out, kept[:, None, None] / 0.75 * torch.ones(4000, 2, 3))
@@ -159,15 +265,14 @@ def test_stochastic_depth_drops_samples_and_keeps_the_mean():
 def test_layer_scale():
     with torch.device("meta"):
         assert "levels.0.blocks.0.gamma1" in NAT(arch="nat_small").state_dict()
-        assert "levels.0.blocks.0.gamma1" not in DiNAT(arch="dinat_small").state_dict()
+        assert "levels.0.blocks.0.gamma1" not in DiNAT(arch="dinat_small", dilations="coco").state_dict()
     assert torch.equal(NAT(**SMALL, layer_scale=0.5).levels[0].blocks[0].gamma2, torch.full((16,), 0.5))
 
 
 def test_compile_fullgraph():
     model, x = fill_by_name(DiNAT(**SMALL, dilations=[[2], [1, 2]])).eval(), torch.randn(1, 3, 33, 40)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(x), model(x), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
+    assert_near(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("family, with_cp", [(DiNAT, False), (DiNAT_s, True)])
@@ -188,8 +293,7 @@ def test_compile_once_for_several_sizes(family, with_cp):
             outs = network(x)
             gradients = torch.autograd.grad(sum(out.square().mean() for out in outs), tuple(model.parameters()))
             results.append([*outs, *gradients])
-        for a, b in zip(*results, strict=True):
-            assert torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+        assert_near(*results)
     assert counter.frame_count <= 2
 
 
@@ -207,7 +311,9 @@ def test_bfloat16_autocast():
     "family, arguments, message",
     [
         (DiNAT, dict(arch="dinat_huge"), "'dinat_huge'.*dinat_large"),
-        (DiNAT, dict(arch="nat_mini"), r"'nat_mini' belongs to NAT, not to DiNAT; use NAT\(arch='nat_mini'\)"),
+        (DiNAT, dict(arch="nat_mini"), r"'nat_mini' belongs to NAT, not to DiNAT; use NAT\(arch=...\)"),
+        (DiNAT, dict(arch="dinat_mini", dilations="coco", depths=[1, 1]), "'coco' is for 4 stages, but depths="),
+        (DiNAT, dict(**SMALL | dict(drop_path_rate=1.0)), "drop_path_rate=1.0: expected at least 0 and less than 1"),
         (NAT, {}, "NAT needs embed_dim=... or arch=..., one of .*nat_mini"),
         (DiNAT, dict(arch="dinat_mini", dilations="cocoa"), "'cocoa'.*coco"),
         (DiNAT, dict(**SMALL, dilations="coco"), "needs arch="),

@@ -2,7 +2,6 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 
@@ -44,7 +43,7 @@ def test_golden(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == meta["params"]
     x = torch.randn(meta["shape"], generator=torch.Generator().manual_seed(meta["seed"]))
     with torch.no_grad():
-        assert np.abs(model(x).numpy() - arrays["logits"]).max() <= 1e-4
+        assert_near([model(x)], [torch.tensor(arrays["logits"])], 1e-4)
 
 
 def isotropic_state(name):
@@ -140,6 +139,13 @@ def test_overrides():
         (lambda: create_classifier("dinat_minni"), "unknown classifier 'dinat_minni'. Did you mean 'dinat_mini'?"),
         (lambda: create_classifier("dinat_mini", -1), "num_classes=-1: expected at least 0"),
         (lambda: create_classifier("dinat_mini", global_pool="max"), "global_pool='max': expected 'avg'"),
+        (lambda: create_classifier("dinat_mini", dilations=None), "DiNAT(arch='dinat_mini') needs dilations="),
+        (lambda: DiNAT_sClassifier("dinat_s_tiny"), "DiNAT_s(arch='dinat_s_tiny') needs dilations="),
+        (
+            lambda: create_classifier("dinat_mini", kernel_size=11),
+            "kernel_size=11 contradicts dilations='imagenet-224'",
+        ),
+        (lambda: create_classifier("nat_mini", dilations="coco"), "NAT has dilation 1 everywhere"),
         (lambda: IsotropicClassifier("dinat_mini"), "unknown isotropic model 'dinat_mini'"),
         (lambda: DiNATClassifier("nat_mini"), "belongs to NAT"),
         (lambda: GlobalAttention2D(8, 2, 0), "size=0: expected at least 1"),
@@ -196,7 +202,7 @@ def test_global_attention_by_a_loop(size):
             weights = torch.stack(logits).softmax(0)
             expected[i, j, head] = sum(w * value[k, l, head] for w, (k, l) in zip(weights, pixels, strict=True))
     with torch.no_grad():
-        assert (layer(x) - layer.proj(expected.flatten(2))[None]).abs().max() <= 1e-12
+        assert_near([layer(x)], [layer.proj(expected.flatten(2))[None]], 1e-13)
 
 
 def test_isotropic_model_whose_window_covers_the_map():
@@ -206,7 +212,7 @@ def test_isotropic_model_whose_window_covers_the_map():
     window = IsotropicClassifier("nat_isotropic_small", **settings, kernel_size=5, num_classes=7).eval()
     window.load_state_dict({k: v for k, v in full.state_dict().items() if not k.endswith("relative_position_index")})
     with torch.no_grad():
-        assert (full(images(40, 40)) - window(images(40, 40))).abs().max() <= 1e-5
+        assert_near([full(images(40, 40))], [window(images(40, 40))])
 
 
 def test_no_bias():
@@ -215,7 +221,7 @@ def test_no_bias():
     query, key, value = layer.qkv(x := torch.randn(1, 4, 4, 8)).unflatten(-1, (3, 2, 4)).unbind(3)
     flat = [t.reshape(1, 16, 2, 4).transpose(1, 2) for t in (query, key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2).reshape(1, 4, 4, 8)
-    assert torch.allclose(layer(x), layer.proj(expected), atol=1e-6)
+    assert_near([layer(x)], [layer.proj(expected)])
 
 
 def test_global_attention_knows_one_size():
@@ -236,14 +242,14 @@ def test_features_and_head(model):
         assert logits.shape == (2, 7) and pooled.shape == (2, model.num_features)
         stride = model.stage_strides[-1]
         assert features.shape == (2, model.num_features, 48 // stride, 48 // stride)
-        assert torch.allclose(pooled, features.flatten(2).mean(2), atol=1e-6)
-        assert torch.allclose(logits, pooled @ model.head.weight.T + model.head.bias, atol=1e-5)
+        assert_near([pooled], [features.flatten(2).mean(2)])
+        assert_near([logits], [pooled @ model.head.weight.T + model.head.bias])
         model.reset_classifier(0)
         assert model.num_classes == 0 and torch.equal(model(x), pooled)
         model.reset_classifier(3, global_pool="")
         mapped = model(x)
         assert mapped.shape == (2, 3, 48 // stride, 48 // stride)
-        assert torch.allclose(mapped.mean((2, 3)), pooled @ model.head.weight.T + model.head.bias, atol=1e-5)
+        assert_near([mapped.mean((2, 3))], [pooled @ model.head.weight.T + model.head.bias])
 
 
 def test_intermediates_are_the_outputs_of_the_stages(model):
@@ -290,19 +296,19 @@ def test_activation_checkpointing_changes_nothing():
             block.drop_path.p = 0.0
         made(images()).square().sum().backward()
         grads.append([parameter.grad for parameter in made.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    assert_near(*grads)
 
 
 def test_compile_fullgraph(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert torch.allclose(compiled(images()), model(images()), atol=1e-5)
+        assert_near([compiled(images())], [model(images())])
 
 
 def test_export(model):
     program = torch.export.export(model, (images(),))
     with torch.no_grad():
-        assert torch.allclose(program.module()(images()), model(images()), atol=1e-5)
+        assert_near([program.module()(images())], [model(images())])
 
 
 def test_bfloat16_autocast(model):

@@ -1,103 +1,89 @@
-"""Downloads that can be interrupted, and are complete or not there."""
+"""Downloads that are complete and verified, or not there."""
 
-import contextlib
 import hashlib
 import http.client
-import os
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import quote, unquote, urlparse
+from urllib.parse import unquote, urlparse
 from urllib.request import Request, urlopen
 
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock
 
 TIMEOUT = 30  # seconds without any answer
 CHUNK = 1 << 20
 
 
 def fetch(address: str) -> Path:
-    """Download a file once into torch.hub's cache, ``torch.hub.get_dir() + "/checkpoints"``; later calls find it there.
+    """Download a file once; later calls find it in torch.hub's cache.
 
-    An interrupted download is resumed by the next call if the server still has the same file. The size is compared
-    with the one the server stated. Of several processes that ask for one file, one downloads and the others wait.
+    The place is ``torch.hub.get_dir() + "/checkpoints/KEY/NAME"``, KEY being a hash of the whole address. Of several
+    processes that ask for one file, one downloads and the others wait. A hash that the address states is verified at
+    every call. Where it states one, a download that broke off is continued by the next call.
 
     Args:
-        address: http(s) address; with ``#sha256=`` and 64 hexadecimal digits at its end the content is verified, too.
+        address: http(s) address. Its hash is ``#sha256=`` and 64 hexadecimal digits at its end, or, as torch.hub and
+            OpenMMLab name files, the first 8 in the file's name, ``NAME-xxxxxxxx.pth``.
 
     Raises:
         FileNotFoundError: the download failed or broke off; says where the file can be put by hand.
-        ValueError: the content is not that of the hash. It is deleted.
+        ValueError: the content is not that of the hash. A new download is deleted, a file in the cache is not.
     """
     url = urlparse(address)
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(unquote(url.path)).name)
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _sole_process(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
-                complete = _download(url._replace(fragment="").geturl(), path)
-                _verify(complete, url.fragment, address)
-                complete.replace(path)
-    except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError included
-        raise FileNotFoundError(
-            f"cannot download {address} ({error}); try again, or fetch it on another machine and put it at {path}"
-        ) from error
+    whole = url._replace(fragment="").geturl()
+    name = Path(unquote(url.path)).name or "index"
+    path = Path(torch.hub.get_dir(), "checkpoints", hashlib.sha256(whole.encode()).hexdigest()[:16], name)
+    expected = _stated_hash(url.fragment, name)
+    if not path.exists():
+        partial = path.with_name(f"{name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f"{name}.lock")):
+                if not path.exists():
+                    _download(whole, partial, resume=bool(expected))
+                    _verify(partial, expected, f"{address} was changed on its way or at its source", delete=True)
+                    partial.replace(path)
+        except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError included
+            raise FileNotFoundError(
+                f"cannot download {address} ({error}); try again, or fetch it on another machine and put it at {path}"
+            ) from error
+    else:
+        _verify(path, expected, f"{path} is not the file of {address}: delete it to download it again")
     return path
 
 
-@contextlib.contextmanager
-def _sole_process(lock: Path) -> Iterator[None]:
-    while fcntl:
-        with open(lock, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # the process that held it before may have removed the file: lock the new one then
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                try:
-                    yield
-                finally:
-                    lock.unlink()
-                return
-    yield
+def _stated_hash(fragment: str, name: str) -> str:
+    """The first digits of the SHA-256 that an address states, "" for none."""
+    kind, _, digits = fragment.partition("=")
+    if kind == "sha256":
+        if not re.fullmatch("[0-9a-fA-F]{64}", digits):
+            raise ValueError(f"#{fragment}: expected #sha256= and 64 hexadecimal digits")
+        return digits.lower()
+    named = re.search(r"-([0-9a-f]{8})\.\w+$", name)
+    return named[1] if named and not re.fullmatch(r"20\d{6}", named[1]) else ""  # a date is no hash
 
 
-def _download(address: str, path: Path) -> Path:
-    """Fetch `address` into a file beside `path`, going on where the last call stopped; returns that file, complete."""
-    # The name of an unfinished file holds what told the server's file from other versions of it (RFC 9110, If-Range).
-    begin, end = f".{path.name}.", ".partial"
-    unfinished = [file for file in path.parent.iterdir() if file.name.startswith(begin) and file.name.endswith(end)]
-    partial = next((file for file in unfinished if file.name != begin + end), None)
-    headers = {"User-Agent": "dinat_backbones"}
-    if partial:
-        version = unquote(partial.name[len(begin) : -len(end)])
-        headers |= {"Range": f"bytes={partial.stat().st_size}-", "If-Range": version}
+def _download(address: str, partial: Path, *, resume: bool) -> None:
+    """Fetch `address` into the file `partial`, behind what it has if `resume`."""
+    start = partial.stat().st_size if resume and partial.exists() else 0
+    headers = {"User-Agent": "dinat_backbones"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response = urlopen(Request(address, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
-        if partial is None or error.code != 416:  # 416: nothing is left after that many bytes
-            raise
-        partial.unlink()
-        return _download(address, path)
+        if start and error.code == 416:  # nothing is left after that many bytes: the hash will tell
+            return
+        raise
     with response:
-        if partial is None or response.status != 206:
-            for old in unfinished:
-                old.unlink()
-            version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-            if version.startswith("W/"):  # a weak one may stand for other bytes
-                version = ""
-            partial = path.with_name(begin + quote(version, safe="") + end)
-        start = partial.stat().st_size if response.status == 206 else 0
-        left = response.headers.get("Content-Length")
-        total = None if left is None else start + int(left)
+        if response.status != 206:
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
         with (
-            open(partial, "ab") as file,
-            torch.hub.tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name) as bar,
+            open(partial, "ab" if start else "wb") as file,
+            torch.hub.tqdm(  # tqdm's own, or a few lines where it is not installed
+                total=total, initial=start, unit="B", unit_scale=True, desc=partial.stem
+            ) as bar,
         ):
             while chunk := response.read(CHUNK):
                 file.write(chunk)
@@ -105,20 +91,16 @@ def _download(address: str, path: Path) -> Path:
     size = partial.stat().st_size
     if total is not None and size != total:
         raise OSError(f"only {size} of {total} bytes came")
-    return partial
 
 
-def _verify(file: Path, fragment: str, address: str) -> None:
-    kind, _, expected = fragment.partition("=")
-    if kind != "sha256":
+def _verify(file: Path, expected: str, problem: str, *, delete: bool = False) -> None:
+    if not expected:
         return
     digest = hashlib.sha256()
     with open(file, "rb") as content:
         while chunk := content.read(CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != expected.lower():
-        file.unlink()
-        raise ValueError(
-            f"{address} came with SHA-256 {digest.hexdigest()} instead of {expected}: it was changed on its way or at "
-            "its source; it was deleted"
-        )
+    if not digest.hexdigest().startswith(expected):
+        if delete:
+            file.unlink()
+        raise ValueError(f"{problem} (its SHA-256 is {digest.hexdigest()}, expected {expected})")

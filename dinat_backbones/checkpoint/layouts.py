@@ -3,7 +3,7 @@
 Every conversion goes through one form: tensors under the names of a present OpenMMLab model (`backbone.*`, `neck.*`,
 `decode_head.*`, ...; `norm.*` and `head.*` of an ImageNet classifier), and the names and colours of the classes. To add
 a program, let `_to_common` recognise its files, `_from_common` name its tensors, and put it into `LAYOUTS`. The names
-of a Mask2Former are in `mask2former.py`, those of transformers' backbones and classifiers in `huggingface.py`.
+of a Mask2Former are in `mask2former_layouts.py`, those of transformers' backbones and classifiers in `huggingface.py`.
 
 Between mmdet 2.19 / mmseg 0.20, which the published models were trained with, and mmdet 3 / mmseg 1 no tensor of Mask
 R-CNN, Cascade Mask R-CNN and UPerNet with its auxiliary head has changed its name or shape. What has moved are the
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import huggingface, mask2former
+from . import huggingface, mask2former_layouts
 from .loading import EMA_WRAPPERS, WRAPPERS, ema_wrapper, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
@@ -102,9 +102,8 @@ def convert(
     new: dict[str, Tensor] = {}
     changes = []
     unused = dict.fromkeys(state)
-    steps = _from_common(
-        {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}, mask2former.home(state), to, things
-    )
+    prepared = {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}
+    steps = _from_common(prepared, mask2former_layouts.home(state), to, things)
     for names, targets in steps:
         sources = tuple(dict.fromkeys(source for name in names for source in common[name][0]))
         new |= targets
@@ -123,8 +122,8 @@ def _to_common(
     state: Mapping[str, Tensor], to: str, things: Sequence[int] | None
 ) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     """By name in the common form: the names in the file and the tensor."""
-    if home := mask2former.home(state):
-        steps = mask2former.to_common(state, home, things)
+    if home := mask2former_layouts.home(state):
+        steps = mask2former_layouts.to_common(state, home, things)
         return {name: (sources, tensor) for sources, targets in steps for name, tensor in targets.items()}
     prefix = huggingface.find_prefix(state)
     if prefix is not None:
@@ -158,13 +157,14 @@ def _common_name(name: str) -> str:
 
 def _from_common(
     state: Mapping[str, Tensor], home: str | None, to: str, things: Sequence[int] | None
-) -> Iterator[mask2former.Step]:
+) -> Iterator[mask2former_layouts.Step]:
     """Names in the common form, and the tensors that they become in the new file."""
-    if home and to in mask2former.HOMES:
-        yield from mask2former.from_common(state, to, things)
+    if home and to in mask2former_layouts.HOMES:
+        yield from mask2former_layouts.from_common(state, to, things)
         return
     if home and to != "imagenet":
-        raise ValueError(f"cannot convert a Mask2Former to {to}: expected imagenet, {', '.join(mask2former.HOMES)}")
+        homes = ", ".join(mask2former_layouts.HOMES)
+        raise ValueError(f"cannot convert a Mask2Former to {to}: expected imagenet, {homes}")
     if model := LAYOUTS[to].model:
         yield from _for_transformers(state, model)
         return
@@ -181,7 +181,7 @@ def _from_common(
             yield (name,), {name.removeprefix("backbone.") if to == "imagenet" or by_end else name: tensor}
 
 
-def _for_transformers(state: Mapping[str, Tensor], model: str) -> Iterator[mask2former.Step]:
+def _for_transformers(state: Mapping[str, Tensor], model: str) -> Iterator[mask2former_layouts.Step]:
     """A backbone or a classifier; whatever else there is has no place."""
     common = {name.removeprefix("backbone."): name for name in state if name.startswith(("backbone.", *_CLASSIFIER))}
     start = model if "head.weight" in common else ""
@@ -218,8 +218,8 @@ def _wrapped(state: dict[str, Tensor], meta: dict[str, Any], to: str) -> dict[st
     if to != "detectron2":
         return {"meta": meta, "state_dict": state}
     file = {"model": state, "__author__": "dinat_backbones"}  # detectron2 takes a pickle of nobody for one of Caffe2
-    if mask2former.home(state):
-        return file | {"model": mask2former.second_version(state)}
+    if mask2former_layouts.home(state):
+        return file | {"model": mask2former_layouts.second_version(state)}
     return file if any(name.startswith("backbone.") for name in state) else file | {"matching_heuristics": True}
 
 

@@ -1,5 +1,6 @@
 """The one door for checkpoints: every format is read without running code that a file carries."""
 
+import errno
 import json
 import os
 import pickle
@@ -47,15 +48,16 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
         raise ValueError(
             f"{path} needs code to be read: it asks for {error}. That could run anything, so the file was refused. If "
             "you trust its origin, read it with dinat_backbones.checkpoint.read(path, allow_pickle=True) or "
-            "tools/convert_checkpoint.py --allow-pickle, and save the tensors alone"
+            "`dinat convert --allow-pickle`, and save the tensors alone"
         ) from None
     except WrongFormat as error:
         raise ValueError(f"{path} is {error}; expected a file of torch.save or safetensors with a state dict") from None
     except MemoryError as error:
         raise MemoryError(f"{path} ({path.stat().st_size} bytes) does not fit into memory") from error
-    except (OSError, ImportError):
-        raise  # these say it themselves
     except Exception as error:  # corrupt pickles and archives raise nearly anything
+        # an import or the disk failed, and the message says so; EINVAL is a damaged archive that leads before its start
+        if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) cannot be read: it is empty, truncated or no checkpoint at all; "

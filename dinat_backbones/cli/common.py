@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,14 +74,34 @@ def config_folder() -> Path:
     return checkout if checkout.is_dir() else PACKAGE / ".mim" / "configs"
 
 
-def load_config(path: str, **keywords: Any) -> Any:
-    """mmengine's `Config.fromfile`.
+def resolve_config(name: str) -> Path:
+    """The path of a config: `name` itself, or for "mmdet::..." and "mmseg::..." that of the packaged config.
+
+    mmengine resolves such names through the distributions mmdetection and mmsegmentation, which the maintained
+    continuations of these packages are not.
+
+    Raises:
+        SystemExit: the file does not exist, or the package is not installed.
+    """
+    package, separator, rest = name.rpartition("::")
+    path = Path(name)
+    if separator:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            stop(f'{package} is not installed: pip install "dinat_backbones[openmmlab]"')
+        path = Path(spec.origin).parent / ".mim" / "configs" / rest
+    if not path.is_file():
+        stop(f"config {name} is not there")
+    return path
+
+
+def load_config(name: str, **keywords: Any) -> Any:
+    """mmengine's `Config.fromfile` for a path or a packaged name, see `resolve_config`.
 
     Raises:
         SystemExit: the file does not exist, or mmengine is not installed.
     """
-    if not Path(path).is_file():
-        stop(f"config {path} is not there")
+    path = resolve_config(name)
     try:
         from mmengine.config import Config
     except ModuleNotFoundError as error:
@@ -89,4 +110,4 @@ def load_config(path: str, **keywords: Any) -> Any:
         stop('mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
     from ..adapters import openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators where mmcv lacks them
 
-    return Config.fromfile(path, **keywords)
+    return Config.fromfile(str(path), **keywords)

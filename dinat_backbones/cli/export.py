@@ -103,6 +103,8 @@ def build(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
 
 
 def _backbone(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
+    if dilations is None and zoo.ARCHS[name].family != "NAT":
+        raise ExportError(f"{name} needs --dilations, one of: {', '.join(zoo.DILATION_SETTINGS)}")
     family = getattr(dinat_backbones, zoo.ARCHS[name].family)
     model = family(arch=name, dilations=dilations)
     if checkpoint:
@@ -272,7 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model", metavar="MODEL|CONFIG", help="a backbone, a published segmentation model, an mmseg config"
     )
     parser.add_argument(
-        "--dilations", choices=zoo.DILATION_SETTINGS, help="published setting of a backbone (default: 1)"
+        "--dilations",
+        choices=zoo.DILATION_SETTINGS,
+        help="published setting of a DiNAT or DiNAT_s backbone, which need one",
     )
     parser.add_argument("--checkpoint", help="file or http(s) address")
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="default: %(default)s")

@@ -3,11 +3,12 @@
     dinat flops --all
     dinat flops mask_rcnn_dinat_mini dinat_mini configs/mmseg/dinat/CONFIG.py [--size WIDTH HEIGHT]
     dinat flops mask2former/configs/*/*/*.yaml
+    dinat flops mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --backbone dinat_tiny
 
 A published model is named by its row in `dinat_backbones.zoo` or by its config, Detectron2's Mask2Former by its YAML
 file; classifiers have no config. MACs are counted as the published ones were (fvcore's convention, see
 dinat_backbones/ops/flops.py): for a detector the backbone, neck, RPN head, every box head on 1000 proposals and every
-mask head on 100, at 1280 x 800; for a segmentor the backbone and the decode head, but not the auxiliary head, at
+mask head on 100, at 1280 x 800, or the whole of a detector of one stage or of the DETR family; for a segmentor the backbone and the decode head, but not the auxiliary head, at
 2048 x 512, or 2560 x 640 for the models of that size; for a classifier everything, at its own size. Parameters are the
 trainable ones.
 
@@ -31,6 +32,7 @@ from torch import nn
 from .. import create_classifier, zoo
 from ..ops.flops import count_macs
 from .common import config_folder, load_config, stop
+from .config import add_backbone_options, with_backbone_written
 
 TOLERANCE, TOLERANCE_CLASSIFIER = 0.002, 0.01
 # Parameters in millions, rounded, where the published table has less: it truncates 200.94 to 200 and 86.63 to 86, and
@@ -95,7 +97,7 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
         size = size or _usual_size(row, cfg)
     macs = next((count for has, count in COUNTS.items() if hasattr(model, has)), None)
     if macs is None:
-        stop(f"{name}: {type(model).__name__} is not a two-stage detector, segmentor, Mask2Former or classifier")
+        stop(f"{name}: {type(model).__name__} is not a detector, segmentor, Mask2Former or classifier")
     params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Count(name, row, params, macs(model, size), size)
 
@@ -141,14 +143,23 @@ def _features(model: Any, size: tuple[int, int]) -> tuple[int, Any]:
 def _detector(model: Any, size: tuple[int, int]) -> int:
     macs, features = _features(model, size)
     macs += count_macs(model.rpn_head, features)
-    for extractors, heads, regions in (
-        (model.roi_head.bbox_roi_extractor, model.roi_head.bbox_head, PROPOSALS),
-        (model.roi_head.mask_roi_extractor, model.roi_head.mask_head, DETECTIONS),
-    ):
+    parts = [(model.roi_head.bbox_roi_extractor, model.roi_head.bbox_head, PROPOSALS)]
+    if model.roi_head.with_mask:
+        parts.append((model.roi_head.mask_roi_extractor, model.roi_head.mask_head, DETECTIONS))
+    for extractors, heads, regions in parts:
         for extractor, head in zip(_list(extractors), _list(heads), strict=True):
             shape = (regions, extractor.out_channels, *extractor.roi_layers[0].output_size)
             macs += count_macs(head, torch.empty(shape, device="meta"))
     return macs
+
+
+def _whole_detector(model: Any, size: tuple[int, int]) -> int:
+    """One-stage detectors and those of the DETR family, up to the raw outputs of the head."""
+    from mmdet.structures import DetDataSample
+
+    width, height = size
+    sample = DetDataSample(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
+    return count_macs(lambda images: model(images, [sample]), torch.empty(1, 3, height, width, device="meta"))
 
 
 def _list(modules: Any) -> list[Any]:
@@ -199,6 +210,8 @@ def _materialize(head: Any) -> None:
 COUNTS: dict[str, Callable[[nn.Module, tuple[int, int]], int]] = {
     "roi_head": _detector,
     "panoptic_head": lambda model, size: _mask2former(model, size, model.panoptic_head),
+    "bbox_head": lambda model, size: _whole_detector(model, size),
+    "mask_head": lambda model, size: _whole_detector(model, size),
     "decode_head": _segmentor,
     "forward_head": _classifier,
     "sem_seg_head": _mask2former_of_detectron2,
@@ -211,10 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", metavar="NAME|CONFIG", help="names of published models, config files")
     parser.add_argument("--all", action="store_true", help="all published models")
     parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="instead of the published size")
+    add_backbone_options(parser)
     args = parser.parse_args(arguments)
     if bool(args.models) == args.all:
         parser.error("give either models or --all")
     names = list(NAMES) if args.all else args.models
+    if args.backbone or any("::" in name for name in names):
+        names = [name if name in NAMES else with_backbone_written(args, name) for name in names]
     size = tuple(args.size) if args.size else None
     print(f"{'model':38} {'at':>9}  {'params':>8} {'publ.':>5}  {'GMACs':>8} {'publ.':>6} {'diff.':>8}")
     failures = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import load_config, stop
+from .config import replace_config
 
 # Given the scope, the config (None if there is none) and the arguments; returns the arguments for the script.
 Prepare = Callable[[str, Any, list[str]], list[str]]
@@ -25,7 +26,7 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
     Raises:
         SystemExit: a file that does not exist, a framework that is not installed, and whatever the script ends with.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = replace_config(sys.argv[1:] if arguments is None else arguments)
     config = None
     for word in words:
         if word.startswith("-") or "=" in word or "://" in word or not word.endswith((".py", ".pth", ".pt")):

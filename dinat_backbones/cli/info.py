@@ -2,8 +2,8 @@
 
     dinat info
 
-No framework has to be installed. Every backend is asked for a small call on the CPU and, where there is one, on the
-GPU; if it cannot run the call, all its reasons are printed.
+No framework has to be installed. Every backend runs a small call on the CPU and, where there is one, on the GPU; if it
+cannot, all its reasons are printed.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def mmcv_operators() -> str:
     except ModuleNotFoundError as error:
         return f"none: {error.name} is not installed"
     except Exception as error:  # an mmcv for another torch, numpy or CUDA raises many things
-        return f"none: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return f"none: {first_line(error)}"
     if getattr(extension, "STAND_IN", False):
         return "stand-in of dinat_backbones (torchvision and PyTorch), nothing compiled"
     return f"compiled ({extension.__file__})"
@@ -104,8 +104,7 @@ def backends() -> Iterator[tuple[str, str]]:
             yield "on cuda", "no GPU that torch sees"
             continue
         for name in ops.BACKENDS:
-            reasons = unsupported(name, torch.device(device), dtype)
-            yield f"{name} on {device}", f"no: {'; '.join(reasons)}" if reasons else "yes"
+            yield f"{name} on {device}", try_backend(name, device, dtype)
 
 
 def instruction_set() -> str:
@@ -116,11 +115,23 @@ def instruction_set() -> str:
         return f"none: {error}"
 
 
-def unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The reasons why a backend cannot run a small call with a bias table."""
+def try_backend(backend: str, device: str, dtype: torch.dtype) -> str:
+    """Run a small call with a bias table; returns "yes", or why the backend cannot run it."""
     query = torch.zeros(1, 8, 8, 1, 32, dtype=dtype, device=device)
     rpb = torch.zeros(1, 2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE - 1, device=device)
-    return ops.BACKENDS[backend].unsupported([query, query, query], rpb, KERNEL_SIZE, 1, 1.0)
+    try:
+        ops.neighborhood_attention_2d(query, query, query, rpb, kernel_size=KERNEL_SIZE, backend=backend)
+    except RuntimeError as error:
+        _, refused, reasons = str(error).partition("cannot run this call: ")
+        return f"no: {reasons}" if refused else f"no: it failed: {first_line(error)}"
+    except Exception as error:  # a broken installation raises many things
+        return f"no: it failed: {first_line(error)}"
+    return "yes"
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def gpus() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
     dinat predict IMAGE|FOLDER --config CONFIG --checkpoint CHECKPOINT --out FOLDER
                   [--score 0.3] [--task panoptic|instance|semantic] [--device cuda|cpu|...] [--force]
+                  [--backbone ARCH] [--dilations SETTING]
 
 CONFIG is a Python file of mmdet or mmseg, or a YAML file of Detectron2. Draws instances with boxes and masks, panoptic
 or semantic maps, whatever the model predicts; --task chooses one of Mask2Former in Detectron2, by default the first
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .common import UnreadableImageError, stop
+from .config import add_backbone_options, with_backbone_written
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TASKS = ("panoptic", "instance", "semantic")
@@ -38,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, help="which result of Mask2Former in Detectron2 to draw")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--force", action="store_true", help="draw again what is in the out folder")
+    add_backbone_options(parser)
     args = parser.parse_args(arguments)
+    if args.backbone or "::" in args.config:
+        args.config = with_backbone_written(args, args.config)
     draw_all(args, lambda: load_predictor(args))
 
 

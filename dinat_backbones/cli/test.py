@@ -2,11 +2,12 @@
 
     dinat test CONFIG CHECKPOINT [--work-dir DIR] [--out FILE] [--show] [--show-dir DIR] [--wait-time SECONDS]
                                  [--tta] [--cfg-options KEY=VALUE ...] [--launcher none|pytorch|slurm|mpi]
+                                 [--backbone ARCH] [--dilations SETTING]
     dinat test CONFIG --check-data [--cfg-options KEY=VALUE ...]
 
 Runs the test script of the framework that the config belongs to, as `dinat train` does. `--out` is a .pkl file for
 mmdet and a folder for mmseg. The checkpoint is read without running code that it carries, and has to fit the whole
-model. `--tta` (several scales and flips) is for segmentors and box detectors: mmdet does not merge masks.
+model; --backbone as in `dinat train`. `--tta` (several scales and flips) is for segmentors and box detectors: mmdet does not merge masks.
 `--check-data` prints which folders, annotation files and images are missing and where they come from.
 """
 
@@ -23,6 +24,9 @@ from .framework_scripts import run_framework_script
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--help"], ["-h"]):  # with a config, the help of its framework's script
+        print(__doc__)
+        return
     if "--check-data" in words:
         sys.exit(check_data(words))
     run_framework_script("test.py", _arguments_for_testing, words)

@@ -2,11 +2,15 @@
 
     dinat train CONFIG [--work-dir DIR] [--amp] [--auto-scale-lr] [--resume [CHECKPOINT]]
                        [--cfg-options KEY=VALUE ...] [--launcher none|pytorch|slurm|mpi]
+                       [--backbone ARCH] [--dilations SETTING] [--checkpoint-backbone FILE|none] [--keep-optimizer]
     torchrun --nproc-per-node 8 -m dinat_backbones train CONFIG --launcher pytorch
     dinat train --config-file CONFIG.yaml [--num-gpus N] [--resume] [KEY VALUE ...]          # Detectron2
 
-Runs the training script that mmdet, mmseg or mmpretrain (the config's `default_scope`) installs. With --config-file it
-is Detectron2's trainer, see `train_detectron2`.
+CONFIG is a file or a packaged name such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. With --backbone its model gets
+a NAT, DiNAT or DiNAT_s for a backbone, see `dinat config --help`.
+
+Runs the training script that mmdet, mmseg or mmpretrain (the config's `default_scope`) installs; `dinat train CONFIG
+--help` lists its options. With --config-file it is Detectron2's trainer, see cli/train_detectron2.py.
 """
 
 import sys
@@ -20,10 +24,14 @@ from .framework_scripts import run_framework_script
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words in (["--help"], ["-h"]):  # with a config, the help of its framework's script
+        print(__doc__)
+        return
     if any(word.startswith("--config-file") for word in words):
         from .train_detectron2 import main as train_detectron2
 
-        return train_detectron2(words)
+        train_detectron2(words)
+        return
     if any(word.endswith((".yaml", ".yml")) for word in words if not word.startswith("-") and "=" not in word):
         stop("YAML configs are Detectron2's: dinat train --config-file CONFIG.yaml [--num-gpus N] [KEY VALUE ...]")
     run_framework_script("train.py", _arguments_for_training, words)

@@ -172,7 +172,6 @@ def _report(name: str, device: torch.device, objections: list[tuple[str, list[st
         _logged.add((name, device.type))
         logger.debug("backend %r runs the calls on %s", name, device.type)
     for other, reasons in objections:
-        fault = BACKENDS[other].fault(device)
-        if fault and reasons == [fault] and (other, device.type) not in _warned:
+        if set(reasons) <= set(BACKENDS[other].faults(device)) and (other, device.type) not in _warned:
             _warned.add((other, device.type))
-            logger.warning("backend %r runs instead of %r, which is faster: %s", name, other, fault)
+            logger.warning("backend %r runs instead of %r, which is faster: %s", name, other, "; ".join(reasons))

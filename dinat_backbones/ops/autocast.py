@@ -19,10 +19,10 @@ def cast(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in the dtype of the autocast region it is in; float64 as it is."""
     if tensor.dtype == torch.float64:
         return tensor
-    device_type = tensor.device.type
     if _PER_DEVICE:
-        return tensor.to(torch.get_autocast_dtype(device_type))
-    return tensor.to(torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype())
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    one = tensor.new_ones(1, 1)
+    return tensor.to((one @ one).dtype)  # torch.compile of torch 2.3 cannot ask for it
 
 
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")

@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import dinat_backbones
-from dinat_backbones import NAT, DiNAT
+from dinat_backbones import NAT, DiNAT, layers
 from dinat_backbones.checkpoint import convert, load_backbone, read
 from dinat_backbones.checkpoint.huggingface import from_huggingface, split_prefix, to_huggingface
-from helpers import ROOT, fill_by_name, load_golden
+from helpers import ROOT, assert_near, fill_by_name, load_golden
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="transformers 5 is not installed: pip install 'dinat_backbones[huggingface]'"
@@ -121,14 +121,14 @@ def test_golden_logits_and_the_pipeline(folders):
     model = hf.DinatForImageClassification.from_pretrained(folders["dinat_mini"]).eval()
     with torch.no_grad():
         logits = model(image(*meta["shape"], seed=meta["seed"])).logits
-    assert abs(logits.numpy() - arrays["logits"]).max() <= 1e-4
+    assert_near([logits], [torch.tensor(arrays["logits"])], 1e-4)
     original = original_classifier("dinat_mini", dilations="imagenet-224").state_dict()
     backbone = DiNAT(arch="dinat_mini", dilations="imagenet-224", out_indices=(3,)).eval()
     backbone.load_state_dict({re.sub("^norm", "norm3", key): original[key] for key in original if "head" not in key})
     with torch.no_grad():
         (feature,) = backbone(image(*meta["shape"], seed=meta["seed"]))
         theirs = F.linear(feature.mean((2, 3)), original["head.weight"], original["head.bias"])
-    assert abs(logits - theirs).max() <= 1e-5
+    assert_near([logits], [theirs])
     assert sum(p.numel() for p in model.parameters()) == meta["params"]
     assert len(model.state_dict()) == meta["keys"] + 4 * sum(model.config.depths)  # two more for each weight and bias
     pipe = transformers.pipeline("image-classification", model=str(folders["dinat_mini"]))
@@ -152,8 +152,9 @@ def test_golden_features(golden, backbone):
     x = image(*meta["shape"], seed=meta["seed"])
     with torch.no_grad():
         for i, (ours, feature) in enumerate(zip(plain(x), model(x).feature_maps, strict=True)):
-            assert abs(ours - feature).max() <= 1e-5
-            assert abs(feature.flatten()[:: int(arrays[f"out{i}_step"])].numpy() - arrays[f"out{i}"]).max() <= 1e-4
+            assert_near([feature], [ours])
+            golden = torch.tensor(arrays[f"out{i}"])
+            assert_near([feature.flatten()[:: int(arrays[f"out{i}_step"])]], [golden], 1e-4)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 70), (33, 18)])
@@ -162,8 +163,7 @@ def test_maps_smaller_than_the_window(size):
     model = model_of("DinatBackbone", out_indices=[2, 3], out_features=None)
     model.load_state_dict(to_huggingface(backbone.state_dict()))
     with torch.no_grad():
-        for ours, feature in zip(backbone(image(2, 3, *size)), model(image(2, 3, *size)).feature_maps, strict=True):
-            assert abs(ours - feature).max() <= 1e-5
+        assert_near(model(image(2, 3, *size)).feature_maps, backbone(image(2, 3, *size)))
 
 
 def test_published_names():
@@ -241,7 +241,7 @@ def test_files_load_into_backbones(tmp_path):
     assert report.complete and not report.missing  # the classifier's norm is that of the last stage
     with torch.no_grad():
         (feature,) = backbone(image(1, 3, 40, 64))
-        assert abs(feature - model.dinat(image(1, 3, 40, 64)).last_hidden_state.permute(0, 3, 1, 2)).max() <= 1e-5
+        assert_near([feature], [model.dinat(image(1, 3, 40, 64)).last_hidden_state.permute(0, 3, 1, 2)])
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_outputs(name):
     with torch.no_grad():
         plain, full = model(x), model(x, output_hidden_states=True, output_attentions=True)
     assert plain.hidden_states is None and plain.attentions is None
-    assert abs(main_output(plain) - main_output(full)).max() <= 1e-5
+    assert_near([main_output(full)], [main_output(plain)])
     sizes = [(16, 15, 16), (16, 15, 16), (8, 8, 32), (4, 4, 64)]  # of a backbone: before downsampling
     expected = sizes if backbone else [*sizes[:1], *sizes[2:], sizes[-1]]
     assert [tuple(state.shape[1:]) for state in full.hidden_states] == expected
@@ -374,7 +374,7 @@ def test_one_step_of_training_with_and_without_checkpointing(name):
         )
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
     for key, gradient in gradients[0].items():
-        assert abs(gradient - gradients[1][key]).max() <= 1e-5, key
+        assert_near([gradients[1][key]], [gradient])
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_export(name):
     model, x = model_of(name, layer_scale_init_value=0.5), image(2, 3, 64, 64)
     exported = torch.export.export(model, args=(), kwargs={"pixel_values": x}).module()
     with torch.no_grad():
-        torch.testing.assert_close(main_output(exported(pixel_values=x)), main_output(model(x)), atol=1e-5, rtol=1e-5)
+        assert_near([main_output(exported(pixel_values=x))], [main_output(model(x))])
 
 
 def test_replaced_and_hooked_projections_are_heard():
@@ -435,6 +435,23 @@ def test_replaced_and_hooked_projections_are_heard():
     handle.remove()
     attention.query = nn.Sequential(attention.query, nn.Hardtanh(-1e-3, 1e-3))
     assert calls == [1] and not torch.equal(model(x).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_large_maps_are_computed_in_pieces_that_nobody_sees(monkeypatch, hooked):
+    model, x, shapes = model_of("DinatModel"), image(2, 3, 64, 60), []
+    expected = model(x).last_hidden_state.detach()  # gradients are on: in one piece
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
+    monkeypatch.setattr(layers, "PIECE_BYTES", 1000)
+    layer = model.encoder.levels[0].layers[0]
+    watched = [layer.layernorm_after]
+    if hooked:
+        watched += [layer.intermediate, layer.intermediate.dense, layer.output.dense]
+    for module in watched:
+        module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    with torch.no_grad():
+        assert_near([model(x).last_hidden_state], [expected])
+    assert sorted(shapes) == sorted([(2, 16, 15, 16)] * (3 if hooked else 1) + [(2, 16, 15, 32)] * hooked)
 
 
 def test_dropout_of_the_attention():
@@ -517,6 +534,12 @@ def test_wrong_arguments():
         model_of("NatModel", patch_size=8)
     with pytest.raises(ValueError, match=r"dilations has \[1\] entries per stage; expected one per block"):
         model_of("DinatModel", dilations=[[1]])
+    with pytest.raises(
+        ValueError, match=r"depths=\[3, 4, 18, 5\] need dilations: .*'coco' \(detection.*kernel size 11"
+    ):
+        hf.DinatConfig(depths=[3, 4, 18, 5])
+    with pytest.raises(ValueError, match="dilations='coco': expected one list per stage"):
+        hf.DinatConfig(dilations="coco")
     with pytest.raises(ValueError, match="num_heads"):
         model_of("NatModel", num_heads=[1, 2])
     model = model_of("DinatModel")

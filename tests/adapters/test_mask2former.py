@@ -14,7 +14,7 @@ from small_mask2former import DEMO, get_config, run_python, tiny
 
 from dinat_backbones import cli, zoo
 from dinat_backbones.checkpoint import load_model
-from helpers import ROOT, assert_near
+from helpers import PUBLISHED, ROOT, assert_near
 
 # isort: split
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -44,10 +44,9 @@ def plain(value):
 
 @pytest.mark.parametrize("name", zoo.MASK2FORMER)
 def test_config_equals_its_row(name):
-    row = zoo.MASK2FORMER[name]
     (file,) = (CONFIGS / name).glob("maskformer2_dinat_large_*.yaml")
     found, defaults = dict(flat(get_config(str(file)))), dict(flat(get_config()))
-    expected = {key: plain(value) for key, value in row.detectron2_config().items()}
+    expected = PUBLISHED["mask2former"][name]["detectron2_config_over_defaults"]
     assert {key: found[key] for key in expected} == expected
     assert {key for key, value in found.items() if value != defaults[key]} <= set(expected)
 
@@ -85,7 +84,7 @@ def test_original_yaml_loads(tmp_path):
     (tmp_path / "base.yaml").write_text(f"VERSION: 2\nINPUT:\n  MIN_SIZE_TRAIN: {sizes}\n")
     (tmp_path / "row.yaml").write_text("_BASE_: base.yaml\nMODEL:\n  DINAT:\n    DILATIONS: [[1, 14, 1]]\n")
     cfg = get_config(str(tmp_path / "row.yaml"))
-    row = zoo.MASK2FORMER["ade20k/semantic-segmentation"].detectron2_config()
+    row = PUBLISHED["mask2former"]["ade20k/semantic-segmentation"]["detectron2_config_over_defaults"]
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == row["INPUT.MIN_SIZE_TRAIN"] and cfg.MODEL.DINAT.DILATIONS == [[1, 14, 1]]
     with pytest.raises(FileNotFoundError, match="config nowhere.yaml is not there"):
         get_config("nowhere.yaml")
@@ -153,7 +152,7 @@ def test_deformable_attention_says_once_what_runs(caplog):
     query, value = torch.randn(1, 5, 8), torch.randn(1, 12, 8)
     shapes, points = torch.tensor([[3, 4]]), torch.rand(1, 5, 1, 2)
     found = module(query, points, value, shapes, torch.tensor([0]))
-    assert_near([found], [by_hand(module, query, points, value, 3, 4)])
+    assert_near(found, [by_hand(module, query, points, value, 3, 4)])
 
 
 def by_hand(module, query, points, value, height, width):

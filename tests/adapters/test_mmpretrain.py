@@ -25,7 +25,7 @@ def test_config_is_the_published_model():
     cfg = Config.fromfile(CONFIG)
     row = zoo.CLASSIFICATION[cfg.model.backbone.arch]
     assert cfg.model.backbone.dilations == row.dilations
-    assert cfg.model.backbone.init_cfg.checkpoint == row.checkpoint
+    assert cfg.model.backbone.init_cfg.checkpoint == row.name
     assert cfg.model.head.in_channels == zoo.ARCHS[row.arch].embed_dim * 8
     assert tuple(cfg.model.data_preprocessor.mean) == zoo.IMAGENET_MEAN
     assert tuple(cfg.model.data_preprocessor.std) == zoo.IMAGENET_STD

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dinat_backbones
-from helpers import ROOT, environment
+from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.logging import MMLogger
@@ -79,6 +79,22 @@ def test_init_weights_loads_the_checkpoint(file, how, inside):
     assert not same(model, state)  # mmengine's moment is init_weights()
     (Sequential(model) if inside else model).init_weights()
     assert same(model, state) and model.is_init
+
+
+def test_published_checkpoints_go_by_their_names(monkeypatch, file):
+    path, state = file
+    monkeypatch.setitem(openmmlab.zoo.PRETRAINED, "dinat_mini", path)
+    for arguments in (dict(pretrained="dinat_mini"), dict(init_cfg=dict(type="Pretrained", checkpoint="dinat_mini"))):
+        model = build(**arguments)
+        model.init_weights()
+        assert same(model, state)
+
+
+def test_arch_needs_dilations():
+    with torch.device("meta"):
+        assert MODELS.build(dict(type="DiNAT", arch="dinat_mini", dilations="coco")).dilations[0] == (1, 28, 1)
+        with pytest.raises(ValueError, match=r"DiNAT\(arch='dinat_mini'\) needs dilations=.*'coco' \(detection"):
+            MODELS.build(dict(type="DiNAT", arch="dinat_mini"))
 
 
 def test_without_checkpoint_the_weights_stay_those_of_the_backbone():
@@ -152,7 +168,7 @@ def test_activation_checkpointing_gives_the_same_gradients():
         model = build(with_cp=with_cp, drop_path_rate=0.0)
         sum(out.square().mean() for out in model(torch.randn(1, 3, 40, 40))).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    assert_near(*gradients)
 
 
 def test_without_mmengine_the_error_says_what_to_install():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinat_backbones import create_classifier, list_models, zoo
-from helpers import GOLDEN, fill_by_name, load_golden
+from helpers import GOLDEN, assert_near, fill_by_name, load_golden
 
 timm = pytest.importorskip("timm", minversion="1.0", reason="timm 1.0 is not installed: pip install timm")
 for module in ("dinat_backbones.adapters.timm", "timm.loss", "timm.optim", "timm.scheduler", "timm.utils"):
@@ -63,7 +63,7 @@ def test_golden(name):
     model = fill_by_name(timm.create_model(meta["model"])).eval()
     x = torch.randn(meta["shape"], generator=torch.Generator().manual_seed(meta["seed"]))
     with torch.no_grad():
-        assert (model(x) - torch.tensor(arrays["logits"])).abs().max() <= 1e-4
+        assert_near([model(x)], [torch.tensor(arrays["logits"])], 1e-4)
 
 
 def test_features_only_of_a_published_model():
@@ -171,7 +171,7 @@ def test_gradient_checkpointing(name):
         model.set_grad_checkpointing(enable)
         model(images()).square().sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    assert_near(*grads)
 
 
 def test_size_of_vitrpb():
@@ -180,6 +180,16 @@ def test_size_of_vitrpb():
         assert timm.create_model("vitrpb_small", img_size=(256, 256)).layers[0].attn.size == 16
         with pytest.raises(ValueError, match="vitrpb_small takes squares"):
             timm.create_model("vitrpb_small", img_size=(256, 224))
+
+
+def test_dilations_are_checked_as_everywhere():
+    with torch.device("meta"):
+        assert timm.create_model("dinat_tiny", dilations="coco").dilations[0] == (1, 28, 1)
+        assert timm.create_model("dinat_tiny", dilations=None).dilations[0] == (1, 8, 1)  # timm leaves None out
+        with pytest.raises(ValueError, match="arch='nat_tiny' with dilations='coco': NAT has dilation 1 everywhere"):
+            timm.create_model("nat_tiny", dilations="coco")
+        with pytest.raises(ValueError, match="kernel_size=7 contradicts dilations='imagenet-384-k11'"):
+            timm.create_model("dinat_large_384_11x11", kernel_size=7)
 
 
 def test_device_dtype_and_channels():

@@ -1,20 +1,13 @@
 """checkpoint.py against files written with torch.save directly, in the layouts of published and framework files."""
 
-import hashlib
-import http.server
 import logging
-import os
-import subprocess
-import sys
-import threading
 
 import numpy
 import pytest
 import torch
 
-import dinat_backbones
 from dinat_backbones import DiNAT, DiNAT_s
-from dinat_backbones.checkpoint import Inert, backbone_state, fetch, load_backbone, load_model, read, resize_rpb
+from dinat_backbones.checkpoint import backbone_state, load_backbone, load_model, read, resize_rpb
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
 
@@ -210,7 +203,12 @@ def test_layer_scale_of_the_model_only_is_refused(tmp_path, weights):
 
 def test_published_architecture_is_named(tmp_path):
     path = save(tmp_path, {"state_dict": DiNAT("dinat_tiny", dilations="coco").state_dict()})
-    refused(DiNAT("dinat_mini", dilations="coco"), path, "levels.2 has 18 blocks in the file and 6 in the model", "dinat_tiny")
+    refused(
+        DiNAT("dinat_mini", dilations="coco"),
+        path,
+        "levels.2 has 18 blocks in the file and 6 in the model",
+        "dinat_tiny",
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,210 +226,3 @@ def test_nothing_fits(tmp_path, content, words):
 def test_families_do_not_mix(tmp_path, weights):
     path = save(tmp_path, weights)
     refused(DiNAT_s(**SMALL), path, "nothing in", "patch_embed.proj.0.weight", "patch_embed.proj.weight")
-
-
-# ------------------------------------------------------------------------------------------------------ unsafe, broken
-
-
-class Trap:
-    def __init__(self, function, *args):
-        self.function, self.args = function, args
-
-    def __reduce__(self):
-        return self.function, self.args
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_code_in_a_pickle_does_not_run(tmp_path, weights, legacy):
-    folder = tmp_path / "made by the pickle"
-    content = {"state_dict": weights, "meta": Trap(os.mkdir, str(folder))}
-    path = save(tmp_path, content, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"mkdir.*allow_pickle=True"):
-        read(path)
-    assert not folder.exists()
-    assert read(path, allow_pickle=True)["state_dict"].keys() == weights.keys()
-    assert folder.exists()  # the trap does work
-
-
-def test_getattr_of_a_pickle_reaches_nothing(tmp_path, weights):
-    """mmengine's own files call `getattr`; here it must lead to no value and to nothing that does anything."""
-    found = read(save(tmp_path, {"a": Trap(getattr, {}, "update"), "state_dict": weights}))["a"]
-    assert isinstance(found, Inert) and isinstance(found("anything"), Inert)
-    assert found.name == "builtins.getattr" and found.arguments == ({}, "update") and found.state is None
-
-
-def test_mmengine_bookkeeping_is_read_without_code(tmp_path, weights):
-    """A file as mmengine's runner writes it, read where mmengine cannot even be imported."""
-    logging_ = pytest.importorskip("mmengine.logging", reason="mmengine, which writes such files, is not installed")
-    history = logging_.HistoryBuffer([1.0, 2.0], [1, 1])
-    hub = {"log_scalars": {"train/loss": history}, "runtime_info": {"loss": numpy.float64(1.5), "all": numpy.arange(3)}}
-    path = save(tmp_path, {"meta": {"epoch": 1}, "state_dict": with_prefix(weights, "backbone."), "message_hub": hub})
-    script = (
-        "import sys; sys.modules['mmengine'] = None\n"
-        "from dinat_backbones.checkpoint import Inert, backbone_state, read\n"
-        "file = read(sys.argv[1]); print(file['meta'], len(backbone_state(file)), 'mmengine.logging' in sys.modules)"
-    )
-    root = os.path.dirname(os.path.dirname(dinat_backbones.__file__))
-    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, cwd=root)
-    assert run.stdout.strip() == f"{{'epoch': 1}} {len(weights)} False", run.stderr
-
-
-def _cut(path, keep):
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("keep", [0, 0.001, 0.5, 0.999])
-def test_truncated_file(tmp_path, weights, keep, legacy):
-    path = save(tmp_path, weights, _use_new_zipfile_serialization=not legacy)
-    _cut(path, keep)
-    refused_read(path, "truncated")
-    with pytest.raises(ValueError, match="truncated"):
-        load_backbone(backbone(), path)
-
-
-def refused_read(path, *words):
-    with pytest.raises(ValueError) as caught:
-        read(path)
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in (str(path), *words)), message
-
-
-@pytest.mark.parametrize("content", [b"<html>not found</html>", bytes(range(256)) * 8, b"PK\x03\x04 cut", b"\x80\x02."])
-def test_not_a_checkpoint(tmp_path, content):
-    (tmp_path / "file.pth").write_bytes(content)
-    refused_read(tmp_path / "file.pth", "no checkpoint")
-
-
-def test_not_a_dictionary(tmp_path):
-    refused_read(save(tmp_path, torch.ones(3)), "Tensor", "state dict")
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is not there"):
-        read(tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="is a folder"):
-        read(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------------ download
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves the server's `files` with an ETag and, as RFC 9110 says, the rest of a file by If-Range and Range.
-
-    A connection breaks off after `server.breaks_after` bytes.
-    """
-
-    def do_GET(self):
-        self.server.requests.append(dict(self.headers))
-        content = self.server.files.get(self.path.split("?")[0])
-        if content is None:
-            return self.send_error(404)
-        tag = f'"{hashlib.md5(content).hexdigest()}"' if self.server.tags else None
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if self.headers.get("If-Range") != tag:
-            start = 0
-        if start and start >= len(content):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        if tag:
-            self.send_header("ETag", tag)
-        self.send_header("Content-Length", len(content) - start)
-        self.end_headers()
-        self.wfile.write(content[start:][: self.server.breaks_after])
-
-    def log_message(self, *args): ...
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A local web server with the `files` of a dictionary; `cache` is where downloads go."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setenv("no_proxy", "*")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.files, running.requests, running.tags, running.breaks_after = {}, [], True, None
-        running.address = f"http://127.0.0.1:{running.server_port}"
-        running.cache = tmp_path / "cache/hub/checkpoints"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
-
-
-CONTENT = numpy.random.default_rng(0).bytes(300_000)
-
-
-def broken_off(server, address, after=100_000):
-    server.breaks_after = after
-    with pytest.raises(FileNotFoundError) as caught:
-        fetch(address)
-    server.breaks_after = None
-    return str(caught.value)
-
-
-def test_address_is_downloaded_once(server, tmp_path, weights):
-    server.files["/a.pth"] = save(tmp_path, weights).read_bytes()
-    for _ in range(2):  # the second time from the cache
-        found = read(f"{server.address}/a.pth?x=1")
-        assert found.keys() == weights.keys()
-        assert all(torch.equal(value, weights[name]) for name, value in found.items())
-    assert [file.name for file in server.cache.iterdir()] == ["a.pth"] and len(server.requests) == 1
-
-
-def test_offline_names_file_and_place(server):
-    with pytest.raises(FileNotFoundError) as caught:
-        read(f"{server.address}/b.pth")
-    message = str(caught.value)
-    assert f"{server.address}/b.pth" in message and str(server.cache / "b.pth") in message and "\n" not in message
-    assert list(server.cache.iterdir()) == []
-
-
-def test_broken_download_is_refused_and_resumed(server, capfd):
-    server.files["/a.pth"] = CONTENT
-    message = broken_off(server, f"{server.address}/a.pth")
-    assert "100000 of 300000 bytes" in message and str(server.cache / "a.pth") in message
-    assert not (server.cache / "a.pth").exists()
-    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT
-    assert [request.get("Range") for request in server.requests] == [None, "bytes=100000-"]
-    assert [file.name for file in server.cache.iterdir()] == ["a.pth"]
-    assert "a.pth" in capfd.readouterr().err  # progress
-
-
-@pytest.mark.parametrize("tags", [True, False], ids=["other tag", "no tags"])
-def test_a_file_that_may_have_changed_is_not_continued(server, tags):
-    server.files["/a.pth"], server.tags = CONTENT, tags
-    broken_off(server, f"{server.address}/a.pth")
-    server.files["/a.pth"] = CONTENT[::-1]
-    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT[::-1]
-    assert [file.name for file in server.cache.iterdir()] == ["a.pth"]
-
-
-def test_a_complete_file_that_was_not_renamed_is_got_again(server):
-    """Killed between the last byte and the renaming."""
-    server.files["/a.pth"] = CONTENT
-    broken_off(server, f"{server.address}/a.pth")
-    (unfinished,) = server.cache.iterdir()
-    unfinished.write_bytes(CONTENT)
-    assert fetch(f"{server.address}/a.pth").read_bytes() == CONTENT
-    assert len(list(server.cache.iterdir())) == 1
-
-
-def test_hash_in_the_address(server):
-    server.files["/a.pth"] = CONTENT
-    with pytest.raises(ValueError, match=r"a\.pth#sha256=0+ came with SHA-256"):
-        fetch(f"{server.address}/a.pth#sha256={'0' * 64}")
-    assert list(server.cache.iterdir()) == []
-    digest = hashlib.sha256(CONTENT).hexdigest()
-    assert fetch(f"{server.address}/a.pth#sha256={digest}") == server.cache / "a.pth"
-
-
-def test_processes_that_want_the_same_file_get_it_once(server):
-    server.files["/a.pth"] = CONTENT
-    script = "import sys; from dinat_backbones.checkpoint import fetch; print(fetch(sys.argv[1]).stat().st_size)"
-    command = [sys.executable, "-c", script, f"{server.address}/a.pth"]
-    root = os.path.dirname(os.path.dirname(dinat_backbones.__file__))
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
-    assert [process.communicate()[0].strip() for process in running] == ["300000"] * 3
-    assert len(server.requests) == 1 and len(list(server.cache.iterdir())) == 1

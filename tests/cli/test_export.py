@@ -84,7 +84,8 @@ def test_average_pool(bins):
     "arguments, message",
     [
         (["dinat_huge"], "dinat_huge is neither a config nor one of: nat_mini"),
-        (["dinat_mini", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["dinat_mini"], "needs --dilations"),
+        (["dinat_mini", "--dilations", "coco", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
         (["upernet_dinat_mini", "--dilations", "coco"], "--dilations coco goes with the name of a backbone"),
         (["dinat_mini", "--size", "40"], "expected HEIGHTxWIDTH such as 800x1280, not '40'"),
         (["dinat_mini", "--opset", "13"], "--opset 13: expected 17 at least"),

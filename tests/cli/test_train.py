@@ -15,6 +15,7 @@ pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, Runner
+from mmengine.visualization import Visualizer
 
 from dinat_backbones import cli
 from dinat_backbones.adapters import openmmlab  # noqa: F401  # before mmdet: mmcv's operators
@@ -33,6 +34,8 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
 
     def run(*words):
+        for visualizer in (Visualizer, *Visualizer.__subclasses__()):  # those of earlier runs write to their folders
+            visualizer._instance_dict.clear()
         try:
             cli.main([str(word) for word in words])
         except SystemExit as stopped:

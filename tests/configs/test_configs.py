@@ -18,6 +18,9 @@ import dinat_backbones
 from dinat_backbones import zoo
 from helpers import PUBLISHED, ROOT
 
+pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
+import dinat_backbones.adapters.openmmlab  # first: mmcv may have no operators of its own
+
 pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmcv.transforms import Compose
@@ -145,7 +148,7 @@ def test_backbone_optimizer_and_batch_size(row):
     with torch.device("meta"):
         backbone, expected = MODELS.build(cfg.model.backbone), expected(**arguments)
     assert isinstance(backbone, type(expected)) and backbone.dilations == expected.dilations
-    assert str(backbone).partition("\n")[2] == str(expected).partition("\n")[2]
+    assert list(map(str, backbone.children())) == list(map(str, expected.children()))
     assert {k: v.shape for k, v in backbone.state_dict().items()} == {
         k: v.shape for k, v in expected.state_dict().items()
     }

@@ -10,9 +10,10 @@ import random
 import pytest
 import torch
 
-from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
+from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, ops
 from dinat_backbones.ops import BACKENDS
 from dinat_backbones.ops.backends import triton_backend as triton
+from dinat_backbones.ops.backends import triton_check
 from helpers import assert_near, draw, run, to_dtype
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -305,3 +306,71 @@ def test_compile_fullgraph():
         out = function(*inputs)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, grad_out)])
     assert_near(*results, 1e-5)
+
+
+# ---- the comparison before the first call of a kind
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """As on a GPU, also in the interpreter: the check runs, `triton` is chosen first, and nothing is known yet."""
+    backend = BACKENDS["triton"]
+    monkeypatch.setattr(triton, "CHECKED_DEVICES", (DEVICE,))
+    monkeypatch.setattr(backend, "disagreements", {})
+    monkeypatch.setattr(backend, "automatic", lambda device: True)
+    monkeypatch.setattr(backend, "faults", lambda device: list(backend.disagreements.values()))
+    monkeypatch.setattr(ops, "BACKENDS", {"triton": backend, "tiled": BACKENDS["tiled"]})
+    monkeypatch.setattr(ops, "_warned", set())
+    return backend
+
+
+def attend(name=None):
+    tensors = moved(draw(1, 6, 7, 1, 16, 3, dtype=torch.float32)[0])
+    return neighborhood_attention_2d(*tensors, kernel_size=3, backend=name)
+
+
+def test_right_kernels_pass_the_comparison(checked, caplog):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_check, "_errors", lambda *kind, run=triton_check._errors: calls.append(kind) or run(*kind))
+        state = torch.random.get_rng_state()
+        first, second = attend(), attend()
+        assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, second) and len(calls) == 1
+    assert list(checked.disagreements.values()) == [""] and not caplog.records
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_wrong_kernels_are_not_used(checked, caplog, monkeypatch, part):
+    """One gradient or the output is 10 % too large: the call goes to `tiled`, with one warning."""
+    right = getattr(checked, part)
+
+    def wrong(*arguments):
+        right(*arguments)
+        arguments[-2].mul_(1.1)  # out, or the gradient of qkv
+
+    monkeypatch.setattr(checked, part, wrong)
+    for _ in range(2):
+        assert torch.equal(attend(), attend("tiled"))
+    (record,) = caplog.records
+    assert "backend 'tiled' runs instead of 'triton'" in record.getMessage()
+    assert ("out 0.1" if part == "forward" else "dq 0.1") in record.getMessage()
+    assert "please report this with the output of `dinat info`" in record.getMessage()
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run this call: the Triton kernels differ"):
+        attend("triton")
+
+
+def test_kernels_that_do_not_compile_are_not_used(checked, caplog, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    monkeypatch.setattr(checked, "forward", fail)
+    assert torch.equal(attend(), attend("tiled"))
+    assert "do not run here" in caplog.text and "RuntimeError: PassManager::run failed)" in caplog.text
+
+
+def test_comparison_can_be_turned_off(checked, monkeypatch):
+    monkeypatch.setenv("DINAT_CHECK", "0")
+    monkeypatch.setattr(triton_check, "_errors", lambda *kind: pytest.fail("compared"))
+    attend()
+    assert list(checked.disagreements.values()) == [""]

@@ -15,12 +15,12 @@ class Backend:
         """Whether calls on `device` come here without being told to, if `unsupported` has no objection."""
         return True
 
-    def fault(self, device: torch.device) -> str:
-        """Why this backend, which is made for `device`, cannot run in this installation, or nothing.
+    def faults(self, device: torch.device) -> list[str]:
+        """Of the reasons that `unsupported` may give, those that are faults of this installation on `device`.
 
-        A call that goes to another backend for this reason alone causes a warning.
+        A call that goes to another backend for such reasons alone causes a warning.
         """
-        return ""
+        return []
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float

@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..registration import CompiledBackend, Triple
+from . import triton_check
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_DIM = 128
+CHECKED_DEVICES = ("cuda",)  # not the CPU, where the interpreter would take minutes; see triton_check.py
 MIN_VERSION = (3, 2)  # the first with tl.gather
 MIN_CAPABILITY = (8, 0)  # the first with bfloat16 on the tensor cores
 WIDE = 1 << 30  # from so many elements in one image on, offsets inside it have 64 bit; those of images always do
@@ -189,15 +191,16 @@ class TritonBackend(CompiledBackend):
 
     def __init__(self, name: str):
         self.missing = _missing_triton()  # at import, so that torch.compile finds a constant
+        self.disagreements: dict[tuple[Any, ...], str] = {}  # what triton_check found, for each kind of call
         super().__init__(name)
 
     def automatic(self, device: torch.device) -> bool:
         """See `Backend`."""
         return device.type == "cuda"
 
-    def fault(self, device: torch.device) -> str:
+    def faults(self, device: torch.device) -> list[str]:
         """See `Backend`."""
-        return self.missing if device.type == "cuda" else ""
+        return [self.missing, *self.disagreements.values()] if device.type == "cuda" else []
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
@@ -216,7 +219,20 @@ class TritonBackend(CompiledBackend):
             reasons.append(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
         if head_dim > MAX_DIM:
             reasons.append(f"head_dim={head_dim} is more than {MAX_DIM}")
+        if not reasons and device.type in CHECKED_DEVICES:
+            reason = self._disagreement(device, dtype, kernel_size, head_dim)
+            reasons += [reason] if reason else []
         return reasons
+
+    def _disagreement(self, device: torch.device, dtype: torch.dtype, kernel_size: int, head_dim: int) -> str:
+        """What triton_check says to this kind of call; asked once."""
+        kind = device, dtype, kernel_size, head_dim
+        if kind not in self.disagreements:
+            if not triton_check.possible():
+                return ""
+            off = triton_check.turned_off()
+            self.disagreements[kind] = "" if off else triton_check.disagreement(self, *kind)
+        return self.disagreements[kind]
 
     def forward(
         self,

@@ -2,6 +2,10 @@
 
 csrc/ is built by setup.py into a library with a plain C interface, `library.py` loads it, and `openmp.py` finds the
 threads it runs on.
+
+Beside inputs and outputs the kernel needs, per thread, about 1 MiB going forward and 4 MiB going backward (more where
+64 columns of a large window and head dimension do not fit), which a thread keeps for its next call; and going backward
+tables of the bias gradient, 4 MiB or one table ``[2K-1, 2K-1]`` for each head of each image, whichever is more.
 """
 
 import ctypes
@@ -40,9 +44,9 @@ class CPUBackend(CompiledBackend):
         """Run with another one from now on, for tests; False where this machine or build does not have it."""
         return self.library is not None and self.library.na2d_use_instruction_set(name.encode()) == 0
 
-    def fault(self, device: torch.device) -> str:
+    def faults(self, device: torch.device) -> list[str]:
         """See `Backend`."""
-        return self.missing if device.type == "cpu" else ""
+        return [self.missing] if device.type == "cpu" else []
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
