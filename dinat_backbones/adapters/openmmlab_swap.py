@@ -105,6 +105,8 @@ def find_model(model: ConfigDict) -> ConfigDict:
 
 def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """The entries that differ between two configs, one line each: "model.neck.in_channels: [256, 512] -> [64, 128]"."""
+    if isinstance(old, Config) and isinstance(new, Config):
+        old, new = old.to_dict(), new.to_dict()
     if isinstance(old, dict) and isinstance(new, dict) and ("arch" in new or path.endswith("custom_keys")):
         yield f"{path}: {old.get('type') or _short(old)} -> {_short(new)}"
         return
@@ -156,7 +158,9 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch, size
     if neck is not None:
         inner = [key for key in _dicts(neck) if "backbone" in key]
         if inner:
-            raise SwapError(f"neck {type_name(neck)} has backbones of its own (`{inner[0]}`) that read the old one's maps")
+            raise SwapError(
+                f"neck {type_name(neck)} has backbones of its own (`{inner[0]}`) that read the old one's maps"
+            )
         seen_by_heads, read = neck_maps(neck, old)
     if neck is not None and _makes_pyramid(old, seen_by_heads):
         # the neck of a plain ViT: heads read the stages with the strides that it made of one
@@ -188,7 +192,9 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch, size
             for head, ran in zip(_heads(model.get(name)), runs, strict=True):
                 if ran and read_by_head(head, new, size) is None:
                     strides = [map.stride for map in new]
-                    raise SwapError(f"{head['type']} does not run on maps of strides {strides} of {size} x {size} pixels")
+                    raise SwapError(
+                        f"{head['type']} does not run on maps of strides {strides} of {size} x {size} pixels"
+                    )
     else:
         _map_channels({key: value for key, value in model.items() if key not in NOT_BEHIND}, old, new)
 
@@ -221,7 +227,13 @@ def _makes_pyramid(inputs: Sequence[FeatureMap], outputs: Sequence[FeatureMap]) 
     return plain and len(set(strides)) == len(strides) > 1 and set(strides) <= set(STRIDES)
 
 
-def _map_neck(neck: ConfigDict, old: Sequence[FeatureMap], read: Sequence[int], new: Sequence[FeatureMap], position: dict[int, int]) -> None:
+def _map_neck(
+    neck: ConfigDict,
+    old: Sequence[FeatureMap],
+    read: Sequence[int],
+    new: Sequence[FeatureMap],
+    position: dict[int, int],
+) -> None:
     """Puts the channels of the new maps into a neck, and moves its levels by the maps in front that it did not read."""
     given = neck.get("in_channels")
     channels = [new[position[i]].channels for i in read]
@@ -262,7 +274,9 @@ def _listed_by_head(head: dict[str, Any], count: int) -> list[int]:
     return read + [i for part in inner for i in _listed_by_head(part, count)]
 
 
-def _map_segmentor_head(head: Any, old: Sequence[FeatureMap], new: Sequence[FeatureMap], position: dict[int, int]) -> None:
+def _map_segmentor_head(
+    head: Any, old: Sequence[FeatureMap], new: Sequence[FeatureMap], position: dict[int, int]
+) -> None:
     """Puts the new channels and indices into a head of mmseg, or a list of heads."""
     if isinstance(head, (list, tuple)):
         for part in head:
@@ -327,7 +341,9 @@ def _dicts(part: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ the rest of a config
 
 
-def _arguments(cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | None, backbone: ConfigDict) -> dict[str, Any]:
+def _arguments(
+    cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | None, backbone: ConfigDict
+) -> dict[str, Any]:
     """The arguments of the new backbone besides `type` and `out_indices`."""
     segmentor = any(head in find_model(cfg.model) for head in SEGMENTOR_HEADS)
     rows: dict[str, Any] = dict(zoo.SEGMENTATION if segmentor else zoo.DETECTION)

@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def add_backbone_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The options of `OPTIONS`."""
-    parser.add_argument("--backbone", metavar="ARCH", required=required, help="dinat_tiny, nat_base, dinat_s_large, ...")
+    parser.add_argument(
+        "--backbone", metavar="ARCH", required=required, help="dinat_tiny, nat_base, dinat_s_large, ..."
+    )
     parser.add_argument("--dilations", metavar="SETTING", help="such as coco or ade20k-512 (default: that of the task)")
     parser.add_argument(
         "--checkpoint-backbone",
@@ -69,7 +71,7 @@ def swap_backbone(args: argparse.Namespace, config: str) -> tuple[Any, list[str]
         )
     except ValueError as error:
         stop(f"--backbone {args.backbone} with {config}: {error}")
-    return swapped, list(changes(cfg.to_dict(), swapped.to_dict()))
+    return swapped, list(changes(cfg, swapped))
 
 
 def with_backbone_written(args: argparse.Namespace, config: str) -> str:
@@ -92,7 +94,9 @@ def replace_config(words: Sequence[str]) -> list[str]:
     parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False, allow_abbrev=False)
     add_backbone_options(parser)
     args, rest = parser.parse_known_args(list(words))
-    config = next((word for word in rest if word.endswith(".py") and not word.startswith("-") and "=" not in word), None)
+    config = next(
+        (word for word in rest if word.endswith(".py") and not word.startswith("-") and "=" not in word), None
+    )
     if config is None:
         if args.backbone is not None:
             stop("--backbone needs a config")

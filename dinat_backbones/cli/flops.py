@@ -162,6 +162,13 @@ def _whole_detector(model: Any, size: tuple[int, int]) -> int:
 
     width, height = size
     sample = DetDataSample(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
+    if hasattr(model, "forward_transformer"):  # whose shapes depend on values
+        macs, features = _features(model, size)
+        for name, part in model.named_children():
+            if name not in ("backbone", "neck", "data_preprocessor"):
+                _materialize(part)
+        zeros = tuple(torch.zeros(map.shape) for map in features)
+        return macs + count_macs(lambda: model.bbox_head.forward(**model.forward_transformer(zeros, [sample])))
     return count_macs(lambda images: model(images, [sample]), torch.empty(1, 3, height, width, device="meta"))
 
 
