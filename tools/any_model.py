@@ -5,8 +5,8 @@
 
 Of each family (a folder of configs) the config with the shortest name is swapped with `with_backbone`, or, where that
 is refused, the next one that is not. The model is built small and trained for one step on two random images: losses,
-backward, finite gradients of every parameter of the backbone, then a prediction. One line of JSON per family is appended
-to the file of rows; families that it has already are left out, so that an interrupted run continues.
+backward, finite gradients of every parameter of the backbone, then a prediction. One line of JSON per family is
+appended to the file of rows; families that it has already are left out, so that an interrupted run continues.
 """
 
 import argparse
@@ -272,9 +272,8 @@ def main() -> None:
         row = try_family(family)
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(
-            f"{family}: {row['result']} {row['config']} {row['reason']} {time.perf_counter() - begin:.0f} s", flush=True
-        )
+        seconds = time.perf_counter() - begin
+        print(f"{family}: {row['result']} {row['config']} {row['reason']} {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,4 +53,4 @@ def _row(cfg: Config, named: zoo.Arch) -> Any:
 def _scale_eta_min(schedulers: Any, factor: float) -> None:
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         if isinstance(scheduler, dict) and scheduler.get("eta_min"):
-            scheduler.eta_min *= factor
+            scheduler["eta_min"] *= factor

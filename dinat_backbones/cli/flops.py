@@ -7,13 +7,14 @@
 
 A published model is named by its row in `dinat_backbones.zoo` or by its config, Detectron2's Mask2Former by its YAML
 file; classifiers have no config. MACs are counted as the published ones were (fvcore's convention, see
-dinat_backbones/ops/flops.py): for a detector the backbone, neck, RPN head, every box head on 1000 proposals and every
-mask head on 100, at 1280 x 800, or the whole of a detector of one stage or of the DETR family; for a segmentor the backbone and the decode head, but not the auxiliary head, at
-2048 x 512, or 2560 x 640 for the models of that size; for a classifier everything, at its own size. Parameters are the
-trainable ones.
+dinat_backbones/ops/flops.py): for a two-stage detector the backbone, neck, RPN head, every box head on 1000 proposals
+and every mask head on 100, for other detectors everything, at 1280 x 800; for a segmentor the backbone and the decode
+head, but not the auxiliary head, at 2048 x 512, or 2560 x 640 for the models of that size; for a classifier everything,
+at its own size. Parameters are the trainable ones.
 
-Models are built on torch's meta device, and nothing is computed. Only Mask2Former's head runs, on zeros, since its
-shapes depend on values. Its published MACs are averages over a validation set; here they are those of 800 x 800.
+Models are built on torch's meta device, and nothing is computed. Only the heads of Mask2Former and of the DETR family
+run, on zeros, since their shapes depend on values. Mask2Former's published MACs are averages over a validation set; here
+they are those of 800 x 800.
 
 Exit status 1 if a published model's parameters do not round to the published million, but for those of `PARAMS_M`, or
 its MACs are further than 0.2 % from the published ones (classifiers: 1 %, as those have three digits or fewer;

@@ -22,6 +22,7 @@ from dinat_backbones.cli.common import resolve_config
 
 READY = ROOT / "configs" / "any_model"
 RETINANET = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+DEFORMABLE_DETR = "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
 DINO = "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py"
 FCN = "mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py"
 # ready config, the packaged one that it changes
@@ -30,7 +31,7 @@ PAIRS = {
     "mmdet/retinanet_dinat-tiny_fpn_1x_coco.py": RETINANET,
     "mmdet/fcos_dinat-tiny_fpn_gn-head_1x_coco.py": "mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
     "mmdet/dino-4scale_dinat-tiny_8xb2-12e_coco.py": DINO,
-    "mmdet/deformable-detr_dinat-tiny_16xb2-12e_coco.py": "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+    "mmdet/deformable-detr_dinat-tiny_16xb2-12e_coco.py": DEFORMABLE_DETR,
     "mmdet/rtmdet-ins_dinat-tiny_8xb2-12e_coco.py": "mmdet::rtmdet/rtmdet-ins_l_8xb32-300e_coco.py",
     "mmseg/dinat-tiny_segformer-head_8xb2-160k_ade20k-512x512.py": (
         "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
