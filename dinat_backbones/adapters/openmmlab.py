@@ -27,10 +27,11 @@ except ModuleNotFoundError as error:
 from .. import backbone, zoo
 from ..checkpoint import load_backbone
 from ..layers import Block
-from . import mmcv_ext
+from . import mmcv_ext, openmmlab_checkpoints
 from .seeding import seed_everything
 
 mmcv_ext.install()
+openmmlab_checkpoints.register()
 
 
 class CheckpointInitMixin:
