@@ -32,7 +32,7 @@ class NatImageClassifierOutput(ImageClassifierOutput):
     reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def _finish(output, return_dict: bool):
+def _output_or_tuple(output, return_dict: bool):
     """The output, or the tuple that was published: without the reshaped maps, with a pooler's None."""
     if return_dict:
         return output
@@ -63,7 +63,7 @@ class NatPreTrainedModel(PreTrainedModel):
         model: Any = getattr(self, self.base_model_prefix, self)
         return model.embeddings.patch_embeddings
 
-    def _wanted(self, **given: bool | None) -> tuple[bool, ...]:
+    def _given_or_configured(self, **given: bool | None) -> tuple[bool, ...]:
         return tuple(getattr(self.config, name) if value is None else value for name, value in given.items())
 
 
@@ -98,7 +98,7 @@ class NatModel(NatPreTrainedModel):
         Raises:
             ValueError: no `pixel_values`, or ones of another shape.
         """
-        attentions, hidden, as_dict = self._wanted(
+        attentions, hidden, as_dict = self._given_or_configured(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
         )
         if pixel_values is None:
@@ -112,7 +112,7 @@ class NatModel(NatPreTrainedModel):
             attentions=weights,
             reshaped_hidden_states=tuple(state.permute(0, 3, 1, 2) for state in states) if hidden else None,
         )
-        return _finish(output, as_dict)
+        return _output_or_tuple(output, as_dict)
 
 
 class NatForImageClassification(NatPreTrainedModel):
@@ -142,7 +142,7 @@ class NatForImageClassification(NatPreTrainedModel):
         **kwargs: Any,
     ) -> NatImageClassifierOutput | tuple:
         """As `NatModel`; `labels` ``[B]`` are class indices (int64) or, for a regression, values."""
-        (as_dict,) = self._wanted(return_dict=return_dict)
+        (as_dict,) = self._given_or_configured(return_dict=return_dict)
         model = getattr(self, self.base_model_prefix)
         outputs = model(pixel_values, output_attentions, output_hidden_states, return_dict=True)
         logits = self.classifier(outputs.pooler_output)
@@ -153,7 +153,7 @@ class NatForImageClassification(NatPreTrainedModel):
             attentions=outputs.attentions,
             reshaped_hidden_states=outputs.reshaped_hidden_states,
         )
-        return _finish(output, as_dict)
+        return _output_or_tuple(output, as_dict)
 
 
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
@@ -179,7 +179,7 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         **kwargs: Any,
     ) -> BackboneOutput:
         """Images ``[B, num_channels, H, W]`` of any size; the `hidden_states` are ``[B, H_i, W_i, C_i]``."""
-        attentions, hidden = self._wanted(
+        attentions, hidden = self._given_or_configured(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
         _, states, weights = self.encoder(self.embeddings(pixel_values), attentions)
