@@ -55,8 +55,8 @@ if "model" in cfg:
             assert model.decode_head(maps).shape[1] == 150
             model.auxiliary_head(maps)
     assert len(maps) >= 4
-    model.init_cfg = None
-    if (cfg.model.backbone.get("init_cfg") or dict()).get("checkpoint", "http").startswith("http") is False:
+    checkpoint = (cfg.model.backbone.get("init_cfg") or dict()).get("checkpoint", "")
+    if checkpoint.endswith(".pth") and "://" not in checkpoint:  # names and addresses are downloaded
         model.backbone.init_weights()
 for hook in cfg.get("custom_hooks", []):
     HOOKS.build(hook)
