@@ -5,8 +5,8 @@
 
 Of each family (a folder of configs) the config with the shortest name is swapped with `with_backbone`, or, where that
 is refused, the next one that is not. The model is built small and trained for one step on two random images: losses,
-backward, finite gradients of every parameter of the backbone, then a prediction. One line of JSON per family is appended
-to the file of rows; families that it has already are left out, so that an interrupted run continues.
+backward, finite gradients of every parameter of the backbone, then a prediction. One line of JSON per family is
+appended to the file of rows; families that it has already are left out, so that an interrupted run continues.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from mmengine.registry import MODELS, DefaultScope
 from dinat_backbones.adapters.openmmlab_swap import SwapError, find_model, with_backbone
 
 SIZE = 128
+# Numbers of a config that cost time and depend on no backbone, and the largest value of each.
+LARGE = dict.fromkeys(("num_queries", "num_proposals", "num_dn_queries", "max_per_img", "nms_post"), 50)
+LARGE |= dict(nms_pre=200, num=32, fc_out_channels=64)
 FRAMEWORKS = ("mmdet", "mmseg")
 BEGIN, END = "<!-- table: written by tools/any_model.py -->", "<!-- end of table -->"
 
@@ -97,8 +100,9 @@ def shrink(cfg: Config) -> Config:
     if "teacher_ckpt" in cfg.model:
         cfg.model.teacher_ckpt = None
     preprocessor = cfg.model.get("data_preprocessor") or {}
-    if preprocessor.get("size"):
+    if cfg.get("default_scope") == "mmseg":
         preprocessor.size = (SIZE, SIZE)
+        preprocessor.pop("size_divisor", None)
     if preprocessor.get("test_cfg"):
         preprocessor.test_cfg = dict(size=(SIZE, SIZE))
     if "mode" in (cfg.model.get("test_cfg") or {}):
@@ -116,8 +120,8 @@ def _shrink(part: Any) -> None:
     if part.get("pretrained"):
         part["pretrained"] = None
     for key, value in part.items():
-        if key in ("num_queries", "num_proposals", "num_dn_queries") and isinstance(value, int):
-            part[key] = min(value, 50)
+        if key in LARGE and isinstance(value, int):
+            part[key] = min(value, LARGE[key])
         _shrink(value)
 
 
@@ -130,7 +134,6 @@ def train_and_predict(cfg: Config) -> None:
     cfg = shrink(cfg)
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        model.init_weights()
         samples = segmentation_samples if scope == "mmseg" else detection_samples
         model.train()
         data = model.data_preprocessor(samples(cfg, model), True)
@@ -218,7 +221,9 @@ def _first_class(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The last row of each family."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return list({row["family"]: row for row in rows}.values())
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -267,9 +272,8 @@ def main() -> None:
         row = try_family(family)
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(
-            f"{family}: {row['result']} {row['config']} {row['reason']} {time.perf_counter() - begin:.0f} s", flush=True
-        )
+        seconds = time.perf_counter() - begin
+        print(f"{family}: {row['result']} {row['config']} {row['reason']} {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class Pair:
         requirements: what else is installed; the original releases of OpenMMLab instead of the extra, for example.
         source: "wheel", or "sdist", whose installation would compile the kernel.
         compiler: whether one may be found.
+        resolution: uv's, "lowest-direct" for the lower bounds that the package states.
     """
 
     python: str
@@ -50,6 +51,7 @@ class Pair:
     requirements: tuple[str, ...] = ()
     source: str = "wheel"
     compiler: bool = False
+    resolution: str = "highest"
 
     @property
     def checks(self) -> list[str]:
@@ -57,11 +59,12 @@ class Pair:
 
 
 PAIRS = {
-    # transformers 5 asks for a later torch
-    "3.10-torch-2.3.1": Pair("3.10", "2.3.1", extras=("openmmlab", "timm", "export")),
+    # transformers 5 and the exporter need a later torch
+    "3.10-torch-2.3.1": Pair("3.10", "2.3.1", extras=("openmmlab", "timm")),
     "3.10-torch-2.3.1-numpy-1": Pair(
-        "3.10", "2.3.1", extras=("timm", "export"), requirements=("numpy<2", "torchvision==0.18.1", *ORIGINAL)
+        "3.10", "2.3.1", extras=("timm",), requirements=("numpy<2", "torchvision==0.18.1", *ORIGINAL)
     ),
+    "3.10-lowest": Pair("3.10", resolution="lowest-direct"),
     "3.11-torch-2.11.0": Pair("3.11", "2.11.0"),
     "3.12-newest": Pair("3.12", source="sdist"),
     "3.13-newest": Pair("3.13"),
@@ -146,7 +149,8 @@ def install(uv: str, pair: Pair, package: Path, target: Path, log: object) -> tu
     # mmcv 2.1.0 is built with what setuptools 81 has removed
     constraint = target.with_name("build-constraint.txt")
     constraint.write_text("setuptools<81\n")
-    options = ["--build-constraint", constraint] if ORIGINAL[0] in pair.requirements else []
+    options = ["--resolution", pair.resolution]
+    options += ["--build-constraint", constraint] if ORIGINAL[0] in pair.requirements else []
     run([uv, "venv", "--quiet", "--python", find_python(uv, pair.python), target], os.environ, log)
     python = target / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}

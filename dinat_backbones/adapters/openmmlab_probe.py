@@ -1,5 +1,5 @@
-"""What parts of a model of mmdet or mmseg give and read: channels and strides of feature maps, found by running the parts
-without weights on torch's meta device."""
+"""What parts of a model of mmdet or mmseg give and read: channels and strides of feature maps, found by running the
+parts without weights on torch's meta device."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple

@@ -15,20 +15,21 @@ NO_DECAY_OF_BLOCK = ("norm", "attn.rpb")
 def set_optimizer(cfg: Config, named: zoo.Arch) -> None:
     """Changes `optim_wrapper` as the published models were trained, and `param_scheduler` where it follows from that.
 
-    SGD and the like become AdamW with the learning rate and weight decay of the published rows, and least learning rates
-    (`eta_min`) shrink as the learning rate does; AdamW keeps its numbers. Norms and rpb have no weight decay, and where
-    the config gives the backbone a learning rate of its own, they keep that. Constructors for another backbone's layers
-    become the default one.
+    SGD and the like become AdamW with the learning rate and weight decay of the published rows, and least learning
+    rates (`eta_min`) shrink as the learning rate does; AdamW keeps its numbers. Norms and rpb have no weight decay, and
+    where the config gives the backbone a learning rate of its own, they keep that. Constructors for another backbone's
+    layers become the default one.
     """
     wrapper = cfg.get("optim_wrapper")
     if not wrapper or "optimizer" not in wrapper:
         return
     row: Any = _row(cfg, named)
+    groups = dict(wrapper.get("paramwise_cfg") or {})
     optimizer = wrapper.optimizer
     if optimizer.type not in ("AdamW", "Adam"):
         _scale_eta_min(cfg.get("param_scheduler"), row.lr / optimizer.lr)
         wrapper.optimizer = ConfigDict(type="AdamW", lr=row.lr, betas=row.betas, weight_decay=row.weight_decay)
-    groups = dict(wrapper.get("paramwise_cfg") or {})
+        groups = {key: value for key, value in groups.items() if key == "custom_keys"}  # the others were for SGD
     if "Decay" in str(wrapper.get("constructor")):  # by layers that it knows of other backbones alone
         del wrapper["constructor"]
         groups = {}
@@ -52,4 +53,4 @@ def _row(cfg: Config, named: zoo.Arch) -> Any:
 def _scale_eta_min(schedulers: Any, factor: float) -> None:
     for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
         if isinstance(scheduler, dict) and scheduler.get("eta_min"):
-            scheduler.eta_min *= factor
+            scheduler["eta_min"] *= factor

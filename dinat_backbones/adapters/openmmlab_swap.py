@@ -71,8 +71,9 @@ def with_backbone(
         model = find_model(cfg.model)
         old = _maps_of(model)
         _replace(model, old, named, min(_crop(cfg)))
-        model.backbone.update(_arguments(cfg, named, dilations, checkpoint, model.backbone))
-        build(model, "model")
+        model.backbone.update(_arguments(cfg, named, dilations, checkpoint))
+        if "language_model" not in model:  # which would be downloaded
+            build(model, "model")
     _forget_old_weights(cfg, model)
     if model.backbone.get("init_cfg") and checkpoint is None:
         _normalize_as_imagenet(cfg)
@@ -105,6 +106,8 @@ def find_model(model: ConfigDict) -> ConfigDict:
 
 def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """The entries that differ between two configs, one line each: "model.neck.in_channels: [256, 512] -> [64, 128]"."""
+    if isinstance(old, Config) and isinstance(new, Config):
+        old, new = old.to_dict(), new.to_dict()
     if isinstance(old, dict) and isinstance(new, dict) and ("arch" in new or path.endswith("custom_keys")):
         yield f"{path}: {old.get('type') or _short(old)} -> {_short(new)}"
         return
@@ -140,7 +143,7 @@ def _maps_of(model: ConfigDict) -> list[FeatureMap]:
     reader = model.get("neck") or model.get("decode_head") or {}
     reader = reader[0] if is_sequence(reader) else reader
     channels = reader.get("in_channels")
-    if count > len(STRIDES) or not is_sequence(channels) or len(channels) != count:
+    if count > len(STRIDES) or channels is None or not is_sequence(channels) or len(channels) != count:
         raise SwapError(f"backbone {model.backbone.type} cannot be built: {package} is not installed")
     return [FeatureMap(*pair) for pair in zip(channels, STRIDES[-count:], strict=True)]
 
@@ -157,7 +160,7 @@ def _replace(model: ConfigDict, old: Sequence[FeatureMap], named: zoo.Arch, size
         inner = [key for key in _dicts(neck) if "backbone" in key]
         if inner:
             raise SwapError(
-                f"neck {type_name(neck)} has backbones of its own (`{inner[0]}`) that read the old one's maps"
+                f"neck {type_name(neck)} has a backbone of its own (`{inner[0]}`) that belongs to the old one"
             )
         seen_by_heads, read = neck_maps(neck, old)
     if neck is not None and _makes_pyramid(old, seen_by_heads):
@@ -286,23 +289,23 @@ def _map_segmentor_head(
         if isinstance(part, dict) and "in_index" in part:
             _map_segmentor_head(part, old, new, position)
     if "c1_in_channels" in head:
-        head.c1_in_channels = new[position[0]].channels
+        head["c1_in_channels"] = new[position[0]].channels
     if "in_channels" not in head:
         return
-    everything = list(range(len(old))) if is_sequence(head.in_channels) and "in_index" not in head else None
+    everything = list(range(len(old))) if is_sequence(head["in_channels"]) and "in_index" not in head else None
     read = everything or [i % len(old) for i in _listed(head.get("in_index", -1))]
     read = [i for i in read if i in position]  # EncHead without lateral connections lists more than it reads
-    before = head.in_channels
+    before = head["in_channels"]
     after = [new[position[i]].channels for i in read]
-    head.in_channels = type(before)(after) if is_sequence(before) else after[0]
+    head["in_channels"] = type(before)(after) if is_sequence(before) else after[0]
     if "in_index" in head or not is_sequence(before):
         index = [position[i] for i in read]
-        head.in_index = index if is_sequence(head.get("in_index", -1)) else index[0]
+        head["in_index"] = index if is_sequence(head.get("in_index", -1)) else index[0]
     if head.get("num_convs") == 0 and head.get("channels") == before:
-        head.channels = head.in_channels  # mmseg's heads without convolutions insist on it
+        head["channels"] = head["in_channels"]  # mmseg's heads without convolutions insist on it
 
 
-def _listed(value: Any) -> list[int]:
+def _listed(value: Any) -> list[Any]:
     return list(value) if is_sequence(value) else [value]
 
 
@@ -339,9 +342,7 @@ def _dicts(part: Any) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ the rest of a config
 
 
-def _arguments(
-    cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | None, backbone: ConfigDict
-) -> dict[str, Any]:
+def _arguments(cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | None) -> dict[str, Any]:
     """The arguments of the new backbone besides `type` and `out_indices`."""
     segmentor = any(head in find_model(cfg.model) for head in SEGMENTOR_HEADS)
     rows: dict[str, Any] = dict(zoo.SEGMENTATION if segmentor else zoo.DETECTION)

@@ -19,9 +19,6 @@ from typing import Any
 
 from .common import atomic_write, load_config, resolve_config, stop
 
-# Options of `dinat train`, `test`, `predict` and `flops` for another backbone, and whether they have a value.
-OPTIONS = {"--backbone": True, "--dilations": True, "--checkpoint-backbone": True, "--keep-optimizer": False}
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
@@ -39,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_backbone_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """The options of `OPTIONS`."""
+    """The options for another backbone, of `dinat config`, `train`, `test`, `predict` and `flops`."""
     parser.add_argument(
         "--backbone", metavar="ARCH", required=required, help="dinat_tiny, nat_base, dinat_s_large, ..."
     )
@@ -47,7 +44,7 @@ def add_backbone_options(parser: argparse.ArgumentParser, required: bool = False
     parser.add_argument(
         "--checkpoint-backbone",
         metavar="FILE",
-        help='weights of the backbone, file or http(s) address; "none" for random ones (default: the published ImageNet ones)',
+        help='weights of the backbone, file or address; "none" for random ones (default: the published ImageNet ones)',
     )
     parser.add_argument("--keep-optimizer", action="store_true", help="leave optim_wrapper and param_scheduler alone")
 
@@ -71,7 +68,7 @@ def swap_backbone(args: argparse.Namespace, config: str) -> tuple[Any, list[str]
         )
     except ValueError as error:
         stop(f"--backbone {args.backbone} with {config}: {error}")
-    return swapped, list(changes(cfg.to_dict(), swapped.to_dict()))
+    return swapped, list(changes(cfg, swapped))
 
 
 def with_backbone_written(args: argparse.Namespace, config: str) -> str:
@@ -89,14 +86,13 @@ def with_backbone_written(args: argparse.Namespace, config: str) -> str:
 
 
 def replace_config(words: Sequence[str]) -> list[str]:
-    """The arguments of a framework's script without the options of `OPTIONS`, the config replaced as they say, and
-    packaged names resolved."""
+    """The arguments of a framework's script without those of `add_backbone_options`, with the config replaced as they
+    say and packaged names resolved."""
     parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False, allow_abbrev=False)
     add_backbone_options(parser)
     args, rest = parser.parse_known_args(list(words))
-    config = next(
-        (word for word in rest if word.endswith(".py") and not word.startswith("-") and "=" not in word), None
-    )
+    names = [word for word in rest if word.endswith(".py") and not word.startswith("-") and "=" not in word]
+    config = names[0] if names else None
     if config is None:
         if args.backbone is not None:
             stop("--backbone needs a config")

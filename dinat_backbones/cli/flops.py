@@ -7,13 +7,14 @@
 
 A published model is named by its row in `dinat_backbones.zoo` or by its config, Detectron2's Mask2Former by its YAML
 file; classifiers have no config. MACs are counted as the published ones were (fvcore's convention, see
-dinat_backbones/ops/flops.py): for a detector the backbone, neck, RPN head, every box head on 1000 proposals and every
-mask head on 100, at 1280 x 800, or the whole of a detector of one stage or of the DETR family; for a segmentor the backbone and the decode head, but not the auxiliary head, at
-2048 x 512, or 2560 x 640 for the models of that size; for a classifier everything, at its own size. Parameters are the
-trainable ones.
+dinat_backbones/ops/flops.py): for a two-stage detector the backbone, neck, RPN head, every box head on 1000 proposals
+and every mask head on 100, for other detectors everything, at 1280 x 800; for a segmentor the backbone and the decode
+head, but not the auxiliary head, at 2048 x 512, or 2560 x 640 for the models of that size; for a classifier everything,
+at its own size. Parameters are the trainable ones.
 
-Models are built on torch's meta device, and nothing is computed. Only Mask2Former's head runs, on zeros, since its
-shapes depend on values. Its published MACs are averages over a validation set; here they are those of 800 x 800.
+Models are built on torch's meta device, and nothing is computed. Only the heads of Mask2Former and of the DETR family
+run, on zeros, since their shapes depend on values. Mask2Former's published MACs are averages over a validation set; here
+they are those of 800 x 800.
 
 Exit status 1 if a published model's parameters do not round to the published million, but for those of `PARAMS_M`, or
 its MACs are further than 0.2 % from the published ones (classifiers: 1 %, as those have three digits or fewer;
@@ -159,6 +160,13 @@ def _whole_detector(model: Any, size: tuple[int, int]) -> int:
 
     width, height = size
     sample = DetDataSample(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
+    if hasattr(model, "forward_transformer"):  # whose shapes depend on values
+        macs, features = _features(model, size)
+        for name, part in model.named_children():
+            if name not in ("backbone", "neck", "data_preprocessor"):
+                _materialize(part)
+        zeros = tuple(torch.zeros(map.shape) for map in features)
+        return macs + count_macs(lambda: model.bbox_head.forward(**model.forward_transformer(zeros, [sample])))
     return count_macs(lambda images: model(images, [sample]), torch.empty(1, 3, height, width, device="meta"))
 
 

@@ -7,7 +7,8 @@
 
 Runs the test script of the framework that the config belongs to, as `dinat train` does. `--out` is a .pkl file for
 mmdet and a folder for mmseg. The checkpoint is read without running code that it carries, and has to fit the whole
-model; --backbone as in `dinat train`. `--tta` (several scales and flips) is for segmentors and box detectors: mmdet does not merge masks.
+model; --backbone is that of `dinat train`. `--tta` (several scales and flips) is for segmentors and box detectors:
+mmdet does not merge masks.
 `--check-data` prints which folders, annotation files and images are missing and where they come from.
 """
 

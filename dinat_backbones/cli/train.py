@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 8 -m dinat_backbones train CONFIG --launcher pytorch
     dinat train --config-file CONFIG.yaml [--num-gpus N] [--resume] [KEY VALUE ...]          # Detectron2
 
-CONFIG is a file or a packaged name such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. With --backbone its model gets
-a NAT, DiNAT or DiNAT_s for a backbone, see `dinat config --help`.
+CONFIG is a file or a packaged name such as mmdet::retinanet/retinanet_r50_fpn_1x_coco.py. With --backbone its model
+gets a NAT, DiNAT or DiNAT_s for a backbone, see `dinat config --help`.
 
 Runs the training script that mmdet, mmseg or mmpretrain (the config's `default_scope`) installs; `dinat train CONFIG
 --help` lists its options. With --config-file it is Detectron2's trainer, see cli/train_detectron2.py.

@@ -1,4 +1,4 @@
-"""adapters/huggingface and checkpoint/huggingface.py: golden outputs, published names, transformers' own contract."""
+"""adapters/huggingface: golden outputs, published names, transformers' own contract."""
 
 import copy
 import inspect
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import dinat_backbones
 from dinat_backbones import NAT, DiNAT, layers
 from dinat_backbones.checkpoint import convert, load_backbone, read
-from dinat_backbones.checkpoint.huggingface import from_huggingface, split_prefix, to_huggingface
-from helpers import ROOT, assert_near, fill_by_name, load_golden
+from dinat_backbones.checkpoint.huggingface import split_prefix, to_huggingface
+from helpers import assert_near, fill_by_name, load_golden, run_tool
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="transformers 5 is not installed: pip install 'dinat_backbones[huggingface]'"
@@ -79,11 +79,6 @@ def folders(tmp_path_factory):
         processing |= dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
         (folder / "preprocessor_config.json").write_text(json.dumps(processing))
     return found
-
-
-def run_tool(*arguments):
-    command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("arch, family", [("dinat_mini", "Dinat"), ("nat_mini", "Nat")])
@@ -197,42 +192,6 @@ def test_published_names():
         assert found[f"{family}Backbone"] == backbone | norms
 
 
-@pytest.mark.parametrize("layer_scale", [None, 0.5])
-@pytest.mark.parametrize("layout", ["huggingface", "huggingface-nat"])
-def test_conversion_there_and_back(layout, layer_scale):
-    backbone = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=layer_scale).state_dict()
-    classifier = {name: tensor for name, tensor in backbone.items() if not re.match(r"norm\d", name)}
-    classifier |= {f"{name}.{kind}": torch.randn(64) for name in ("norm", "head") for kind in ("weight", "bias")}
-    for state in (backbone, classifier):
-        assert equal(from_huggingface(to_huggingface(state)), state)
-        converted, changes = convert({"model": state, "args": None}, layout)
-        assert {change.kind for change in changes} == {"renamed", "dropped"} and changes[-1].source == "args"
-        prefix = {"huggingface": "dinat.", "huggingface-nat": "nat."}[layout] if state is classifier else ""
-        assert f"{prefix}embeddings.norm.weight" in converted and ("classifier.bias" in converted) == bool(prefix)
-        assert equal(convert(converted, "imagenet")[0], state)
-        assert equal(convert(converted, layout)[0], converted)
-        detector, changes = convert(converted, "mmdet3")
-        dropped = {change.source for change in changes if change.kind == "dropped"}
-        assert dropped == {name for name in converted if re.search("classifier|layernorm[.]", name)}
-        without = {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "head."))}
-        assert equal(detector["state_dict"], {f"backbone.{name}": tensor for name, tensor in without.items()})
-        assert equal(convert(detector, layout)[0], to_huggingface(without))
-
-
-def test_report_and_other_kernel_size():
-    state = DiNAT(**ARCH, dilations=DILATIONS, layer_scale=0.5).state_dict()
-    converted, changes = convert(state, "huggingface", kernel_size=5)
-    lines = [str(change) for change in changes]
-    start, target = "levels.2.blocks.0.", "encoder.levels.2.layers.0."
-    assert f"resized  {start}attn.rpb -> {target}attention.self.rpb  ([8, 5, 5] -> [8, 9, 9])" in lines
-    three = f"{target}attention.self.{{query,key,value}}.bias"
-    assert f"renamed  {start}attn.qkv.bias -> {three}  ([192] -> [64] + [64] + [64])" in lines
-    assert f"renamed  {start}gamma{{1,2}} -> {target}layer_scale_parameters  ([64] + [64] -> [2, 64])" in lines
-    lines = [str(change) for change in convert(converted, "imagenet")[1]]
-    assert f"renamed  {three} -> {start}attn.qkv.bias  ([64] + [64] + [64] -> [192])" in lines
-    assert f"renamed  {target}layer_scale_parameters -> {start}gamma2  ([2, 64] -> [64])" in lines
-
-
 def test_files_load_into_backbones(tmp_path):
     model = model_of("DinatForImageClassification", layer_scale_init_value=0.1)
     model.save_pretrained(tmp_path)
@@ -242,23 +201,6 @@ def test_files_load_into_backbones(tmp_path):
     with torch.no_grad():
         (feature,) = backbone(image(1, 3, 40, 64))
         assert_near([feature], [model.dinat(image(1, 3, 40, 64)).last_hidden_state.permute(0, 3, 1, 2)])
-
-
-@pytest.mark.parametrize(
-    "name, shape, message",
-    [
-        ("layers.0.blocks.0.norm1.weight", [3], "layers.0.blocks.0.norm1.weight has no name in transformers"),
-        ("levels.0.blocks.0.attn.qkv.bias", [4], "expected query, key and value in equal parts"),
-        ("levels.0.blocks.0.gamma1", [4], "has no levels.0.blocks.0.gamma2"),
-        ("encoder.levels.0.layers.0.attention.self.key.bias", [4], "query.bias, .*value.bias"),
-        ("encoder.levels.0.layers.0.layer_scale_parameters", [3, 4], r"expected \[2, dim\]"),
-        ("encoder.levels.0.layers.0.other.bias", [4], "other.bias has no place"),
-    ],
-)
-def test_conversion_refuses_what_does_not_fit(name, shape, message):
-    rename = from_huggingface if name.startswith("encoder") else to_huggingface
-    with pytest.raises(ValueError, match=message):
-        rename({name: torch.ones(shape)})
 
 
 def test_stem_and_other_heads_are_set_apart():
@@ -357,13 +299,13 @@ def test_tuple_without_a_pooler():
 def test_one_step_of_training_with_and_without_checkpointing(name):
     gradients = []
     for checkpointing in (False, True):
-        model = model_of(name, drop_path_rate=0.0, layer_scale_init_value=0.5).train()
+        model = model_of(name, drop_path_rate=0.0, layer_scale_init_value=0.5).double().train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         encoder = model.encoder if hasattr(model, "encoder") else getattr(model, model.base_model_prefix).encoder
         calls = []
         encoder.levels[0].layers[0].attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        output = model(image(2, 3, 32, 32), output_attentions=checkpointing)
+        output = model(image(2, 3, 32, 32).double(), output_attentions=checkpointing)
         maps = output.feature_maps if name.endswith("Backbone") else [main_output(output)]
         sum(part.square().mean() for part in maps).backward()
         assert len(calls) == 1 + checkpointing  # once more for the gradients
@@ -373,8 +315,9 @@ def test_one_step_of_training_with_and_without_checkpointing(name):
             name.endswith("Backbone") or not unused
         )
         gradients.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
-    for key, gradient in gradients[0].items():
-        assert_near([gradients[1][key]], [gradient])
+    plain, recomputed = (torch.cat([g.flatten() for g in found.values()]) for found in gradients)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert_near([recomputed], [plain], tolerance=1e-13)  # some gradients are 0 but for rounding: those of key biases
 
 
 @pytest.mark.parametrize(
@@ -460,70 +403,6 @@ def test_dropout_of_the_attention():
     assert torch.equal(model(x)[0], model(x)[0])
     model.train()
     assert not torch.equal(model(x)[0], model(x)[0])
-
-
-# ---------------------------------------------------------------------------------- transformers' segmentation models
-
-
-def segmentation_models():
-    backbone = hf.DinatConfig(
-        embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], kernel_size=3, dilations=[[2], [1], [1], [1]],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
-    width, queries = 64, 4
-    small = dict(num_queries=queries, num_attention_heads=2, dim_feedforward=16, train_num_points=64, num_labels=2)
-    small |= dict(hidden_dim=width, encoder_feedforward_dim=16, encoder_layers=1, decoder_layers=2)
-    text = dict(width=width, context_length=7, num_layers=1, vocab_size=20, n_ctx=1, proj_layers=1)
-    detr = transformers.DetrConfig(
-        d_model=width, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=queries, backbone_config=backbone,
-    )  # fmt: skip
-    return {
-        "UperNetForSemanticSegmentation": transformers.UperNetConfig(
-            backbone_config=backbone, hidden_size=16, auxiliary_in_channels=32, auxiliary_channels=8, num_labels=2
-        ),
-        "MaskFormerForInstanceSegmentation": transformers.MaskFormerConfig(
-            backbone_config=backbone, fpn_feature_size=width, mask_feature_size=width, decoder_config=detr, num_labels=2
-        ),
-        "Mask2FormerForUniversalSegmentation": transformers.Mask2FormerConfig(
-            backbone_config=backbone, feature_size=width, mask_feature_size=width, **small
-        ),
-        "OneFormerForUniversalSegmentation": transformers.OneFormerConfig(
-            backbone_config=backbone, conv_dim=width, mask_dim=width, is_training=True, task_seq_len=7,
-            **small, **{f"text_encoder_{key}": value for key, value in text.items()},
-        ),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", segmentation_models())
-def test_segmentation_models_train(name):
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(segmentation_models()[name])
-    assert [type(module) for module in model.modules()].count(hf.DinatBackbone) == 1
-    masks = torch.zeros(2, 64, 96)
-    masks[0, :, :40] = masks[1, :, 40:] = 1
-    inputs = dict(pixel_values=image(2, 3, 64, 96))
-    if name.startswith("UperNet"):
-        targets = dict(labels=masks[1].long()[None].repeat(2, 1, 1))
-    else:
-        targets = dict(mask_labels=[masks] * 2, class_labels=[torch.tensor([0, 1])] * 2)
-    if name.startswith("OneFormer"):
-        inputs |= dict(task_inputs=torch.randint(0, 20, (2, 7)).float())
-        targets |= dict(text_inputs=torch.randint(0, 20, (2, 3, 7)))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    before = copy.deepcopy(model.state_dict())
-    loss = model.train()(**inputs, **targets).loss.sum()
-    loss.backward()
-    optimizer.step()
-    assert torch.isfinite(loss)
-    weights = [key for key in before if ".query.weight" in key and "layers.0.attention.self" in key]
-    assert len(weights) == 4 and not any(torch.equal(before[key], model.state_dict()[key]) for key in weights)
-    if name.startswith("OneFormer"):
-        model.model.is_training = False
-    with torch.no_grad():
-        output = model.eval()(**inputs)
-    result = output.logits if name.startswith("UperNet") else output.masks_queries_logits
-    assert result.shape[0] == 2 and torch.isfinite(result).all()
 
 
 # ----------------------------------------------------------------------------------------------------- at the door

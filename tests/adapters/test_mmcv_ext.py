@@ -151,7 +151,12 @@ def convolution(case, modulated):
     input, weight = case.normal(n, 4, height, width), case.normal(2, 4 // groups, *kernel)
     out = [((height, width)[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     points = offset_groups * kernel[0] * kernel[1]
-    offset, mask = case.offsets(n, 2 * points, *out), case.normal(n, points, *out)
+    larger = [size + case.choice(0, 0, 1) for size in out] if modulated else out  # DyHead's, read up to what is needed
+    offset, mask = case.offsets(n, 2 * points, *larger), case.normal(n, points, *larger)
+
+    def read(values):
+        return values.reshape(n, -1)[:, : values.shape[1] * out[0] * out[1]].reshape(n, -1, *out)
+
     bias = case.normal(2) if modulated and case.choice(True, False) else None
     geometry = (stride, padding, dilation, groups, offset_groups)
     if not modulated:
@@ -163,7 +168,7 @@ def convolution(case, modulated):
     return (
         lambda x, o, m, w, *b: mmcv.ops.modulated_deform_conv2d(x, o, m, w, *(b or [None]), *geometry),
         [input, offset, mask, weight] + ([] if bias is None else [bias]),
-        lambda x, o, m, w, b=None: mmcv_loops.deformable_convolution(x, o, m, w, b, *geometry),
+        lambda x, o, m, w, b=None: mmcv_loops.deformable_convolution(x, read(o), read(m), w, b, *geometry),
     )
 
 

@@ -251,7 +251,6 @@ def test_coco_metric_of_what_was_drawn_is_1(every_layout):
 
 
 def test_panoptic_quality_of_what_was_drawn_is_100(every_layout):
-    pytest.importorskip("panopticapi", reason="panopticapi is missing: pip install --no-deps panopticapi-lite")
     import torch
 
     def panoptic(index):

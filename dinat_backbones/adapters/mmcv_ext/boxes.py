@@ -43,9 +43,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if offset == 0:
         # equal scores stand in the order that mmcv's sort gives them: torchvision gets the boxes sorted
         order = scores.sort(0, descending=True)[1]
-        ranks = torch.arange(len(order), 0, -1, dtype=torch.double, device=boxes.device)
-        boxes = supported(boxes)[0][order]
-        return order[torchvision_ops().nms(boxes, ranks.to(boxes.dtype), float(threshold))]
+        boxes = boxes if boxes.dtype == torch.double else boxes.float()
+        ranks = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
+        return order[torchvision_ops().nms(boxes[order], ranks, float(threshold))]
     kept = [best for best, _ in _suppress(boxes, scores, lambda iou: iou > threshold, offset)]
     return torch.tensor(kept, dtype=torch.long, device=boxes.device)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .torchvision_ops import gradients, supported, torchvision_ops
@@ -27,6 +28,15 @@ def _complete(
     return supported(input, weight, offset, mask, bias)
 
 
+def _read_as(values: Tensor, output: Tensor) -> Tensor:
+    """Offsets or masks (N, C, ...) in the size of `output`.
+
+    DyHead passes them for a larger map. mmcv then reads their numbers one after the other, as many as it needs.
+    """
+    shape = (len(values), values.shape[1], *output.shape[2:])
+    return values if values.shape == shape else values.flatten(1)[:, : output[0, 0].numel() * shape[1]].reshape(shape)
+
+
 def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The gradients by input, weight, offset, mask and bias.
 
@@ -34,20 +44,23 @@ def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple
     derivative by the offset is 0 there, torchvision's is the one towards the inside.
     """
     grads = torchvision_ops()._deform_conv2d_backward(*supported(grad_output), *tensors, *geometry)
-    offset, by_offset = tensors[2], grads[2]
-    n, _, *size = offset.shape
-    kernel = tensors[1].shape[2:]
-    position = offset.view(n, -1, *kernel, 2, *size)
-    for axis in (0, 1):
-        stride, padding, dilation = geometry[axis:6:2]
-        start = torch.arange(size[axis], device=offset.device) * stride - padding
-        start = start.view(-1, 1) if axis == 0 else start
-        window = (
-            torch.arange(kernel[axis], device=offset.device).view((-1, 1, 1, 1) if axis == 0 else (-1, 1, 1)) * dilation
-        )
-        outside = position[:, :, :, :, axis] + (start + window) == -1
-        by_offset.view(position.shape)[:, :, :, :, axis].masked_fill_(outside, 0)
+    offset, (kernel_h, kernel_w), (height, width) = tensors[2], tensors[1].shape[2:], tensors[2].shape[2:]
+    shape = (len(offset), -1, kernel_h, kernel_w, 2, height, width)
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = geometry[:6]
+    y, x = offset.reshape(shape).unbind(4)
+    by_y, by_x = grads[2].view(shape).unbind(4)
+    rows = _positions(kernel_h, height, stride_h, pad_h, dilation_h, offset.device)
+    columns = _positions(kernel_w, width, stride_w, pad_w, dilation_w, offset.device)
+    by_y.masked_fill_(y + rows[:, None, :, None] == -1, 0)
+    by_x.masked_fill_(x + columns[:, None, :] == -1, 0)
     return grads
+
+
+def _positions(kernel: int, size: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
+    """The input's row (or column) for each of the kernel's and each of the output's, (kernel, size)."""
+    return (
+        torch.arange(kernel, device=device)[:, None] * dilation + torch.arange(size, device=device) * stride - padding
+    )
 
 
 def deform_conv_forward(
@@ -152,6 +165,7 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Deformable convolution with mask (version 2) into `output`; `bias` counts if `with_bias`."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
+    offset, mask = (_read_as(values, output) for values in (offset, mask))
     tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
     output.copy_(torchvision_ops().deform_conv2d(*tensors, *geometry))
 
@@ -184,10 +198,12 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Adds the gradients of version 2 to the `grad_*` tensors."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
+    offset, mask = (_read_as(values, grad_output) for values in (offset, mask))
     tensors = _complete(input, weight, offset, mask, bias if with_bias else None)
     grads = _gradients(grad_output, tensors, geometry)
     for target, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
-        target.add_(grad)
+        unread = target[:1].numel() - grad[:1].numel()
+        target.add_(grad if unread == 0 else F.pad(grad.flatten(1), (0, unread)).view_as(target))
     if with_bias:
         grad_bias.add_(grads[4])
 

@@ -1,0 +1,82 @@
+"""tools/check_install.py without its installations: what is repeated, what the table and the exit status say."""
+
+import json
+import zipfile
+
+import check_install
+import pytest
+from check_install import PAIRS, Pair
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The tool with a package of one file; `runs` lists the checks asked for, whose results are in `runs.results`."""
+
+    class Runs(list):
+        results: dict = {}
+
+        def __call__(self, *names):
+            monkeypatch.setattr("sys.argv", ["check_install.py", *names, "--out", str(tmp_path / "out")])
+            return check_install.main()
+
+    runs = Runs()
+
+    def build(uv, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(folder / "package.whl", "w") as wheel:
+            wheel.writestr("dinat_backbones/__init__.py", "")
+        return dict.fromkeys(("wheel", "sdist"), folder / "package.whl")
+
+    def follow(command, folder, environment, log):
+        results, checks = command[4], command[5:]
+        runs.append(checks)
+        versions = dict(python="3.11.7", torch="2.11.0", numpy="2.4.6")
+        results.write_text(json.dumps(dict(versions=versions, checks={c: runs.results.get(c) for c in checks})))
+
+    monkeypatch.setattr(check_install, "build", build)
+    monkeypatch.setattr(check_install, "follow", follow)
+    monkeypatch.setattr(check_install, "install", lambda uv, pair, package, target, log: (target / "python", {}))
+    return runs
+
+
+def test_finished_pairs_are_not_repeated(runs, capsys):
+    assert runs("3.11-torch-2.11.0") == 0
+    assert runs("3.11-torch-2.11.0", "3.13-newest") == 0
+    assert runs == [PAIRS["3.11-torch-2.11.0"].checks, PAIRS["3.13-newest"].checks]
+    rows = capsys.readouterr().out.split("3.13-newest\n")[1].splitlines()
+    yes = " | ".join(["yes"] * 6)
+    assert f"| 3.11.7 | 2.11.0 | 2.4.6 | wheel, no compiler | {yes} | timm, huggingface, export |" in rows
+
+
+def test_failures_are_in_the_table_and_repeated(runs, capsys):
+    runs.results = {"DINO": "RuntimeError: no", "export": "ImportError: onnx"}
+    assert runs("3.11-torch-2.11.0") == 1
+    out = capsys.readouterr().out
+    assert "| yes | yes | yes | **no** | yes | yes | timm, huggingface |" in out
+    assert "3.11-torch-2.11.0: DINO: RuntimeError: no" in out.splitlines()
+    runs.results = {}
+    assert runs("3.11-torch-2.11.0") == 0 and len(runs) == 2
+
+
+def test_a_failed_installation(runs, monkeypatch, capsys):
+    def install(*args):
+        raise RuntimeError("no solution found")
+
+    monkeypatch.setattr(check_install, "install", install)
+    assert runs("3.11-torch-2.11.0") == 1
+    out = capsys.readouterr().out
+    assert "no solution found; see" in out and out.count("**no**") == 6 and runs == []
+
+
+def test_unknown_pairs_and_pythons(runs, capsys):
+    with pytest.raises(SystemExit):
+        runs("3.9")
+    assert "unknown pair '3.9'; expected one of 3.10-torch-2.3.1," in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"Python 3\.99 was not found: uv python install 3\.99"):
+        check_install.find_python("false", "3.99")
+
+
+def test_every_python_and_the_oldest_torch_are_covered():
+    assert {pair.python for pair in PAIRS.values()} == {"3.10", "3.11", "3.12", "3.13"}
+    assert {pair.torch for pair in PAIRS.values()} >= {"2.3.1", "2.11.0", ""}
+    assert all(set(Pair("3.11").checks) >= set(pair.checks) for pair in PAIRS.values())
