@@ -21,6 +21,7 @@ PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
 # What a page needs besides the package
 NEEDS = {
     "README.md": ["mmdet"],
+    "docs/any_model.md": ["mmdet"],
     "docs/frameworks/mmdetection.md": ["mmdet"],
     "docs/frameworks/mmsegmentation.md": ["mmseg", "mmdet"],
     "docs/frameworks/detectron2.md": ["detectron2"],
@@ -55,8 +56,8 @@ if "model" in cfg:
             assert model.decode_head(maps).shape[1] == 150
             model.auxiliary_head(maps)
     assert len(maps) >= 4
-    model.init_cfg = None
-    if (cfg.model.backbone.get("init_cfg") or dict()).get("checkpoint", "http").startswith("http") is False:
+    checkpoint = (cfg.model.backbone.get("init_cfg") or dict()).get("checkpoint", "")
+    if checkpoint.endswith(".pth") and "://" not in checkpoint:  # names and addresses are downloaded
         model.backbone.init_weights()
 for hook in cfg.get("custom_hooks", []):
     HOOKS.build(hook)
@@ -69,6 +70,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("snippets")
     for name in ("dinat_mini", "dinat_tiny"):
         torch.save(create_classifier(name).state_dict(), folder / f"{name}_in1k_224.pth")
+    (folder / "retinanet_r50_fpn_1x_coco.py").write_text('_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"')
     if find_spec("transformers"):
         from dinat_backbones.adapters.huggingface import DinatForImageClassification, published_config
 
