@@ -29,7 +29,7 @@ from dinat_backbones.adapters.openmmlab_swap import SwapError, find_model, with_
 SIZE = 128
 # Numbers of a config that cost time and depend on no backbone, and the largest value of each.
 LARGE = dict.fromkeys(("num_queries", "num_proposals", "num_dn_queries", "max_per_img", "nms_post"), 50)
-LARGE |= dict(nms_pre=200, num=32, fc_out_channels=64)
+LARGE |= dict(nms_pre=200, num=32)
 FRAMEWORKS = ("mmdet", "mmseg")
 BEGIN, END = "<!-- table: written by tools/any_model.py -->", "<!-- end of table -->"
 
@@ -99,6 +99,8 @@ def shrink(cfg: Config) -> Config:
     _shrink(cfg.model)
     if "teacher_ckpt" in cfg.model:
         cfg.model.teacher_ckpt = None
+    if "teacher_config" in cfg.model:  # relative to a checkout of mmdet
+        cfg.model.teacher_config = str(config_folder("mmdet").parent / cfg.model.teacher_config)
     preprocessor = cfg.model.get("data_preprocessor") or {}
     if cfg.get("default_scope") == "mmseg":
         preprocessor.size = (SIZE, SIZE)
@@ -135,6 +137,8 @@ def train_and_predict(cfg: Config) -> None:
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         samples = segmentation_samples if scope == "mmseg" else detection_samples
+        if hasattr(model, "set_epoch"):
+            model.set_epoch(0)  # as a hook does before training
         model.train()
         data = model.data_preprocessor(samples(cfg, model), True)
         losses, _ = model.parse_losses(model(**data, mode="loss"))
@@ -181,24 +185,25 @@ def detection_samples(cfg: Config, model: Any, training: bool = True) -> dict[st
     shape = (3, SIZE, SIZE)
     if cfg.model.type == "BaseReID":
         return reid_samples(training)
-    if hasattr(model, "tracker") or "track_head" in cfg.model:
-        if training and hasattr(model, "detector") and "track_head" not in cfg.model:
-            shape = (3, SIZE, SIZE)  # the detector alone is trained
-        else:
-            frames = dict(num_frames=2, key_frames_inds=[0]) if training else dict(num_frames=1)
-            return _first_class(demo_track_inputs(batch_size=1, image_shapes=shape, with_mask=True, **frames))
+    trains_detector_alone = training and "detector" in cfg.model and "track_head" not in cfg.model
+    if (hasattr(model, "tracker") or "track_head" in cfg.model) and not trains_detector_alone:
+        frames = dict(num_frames=2, key_frames_inds=[0]) if training else dict(num_frames=1)
+        return _first_class(demo_track_inputs(batch_size=1, image_shapes=shape, with_mask=True, **frames))
+    images = 2 if training else 1  # some models predict for one image at a time
     semantic = (cfg.model.get("roi_head") or {}).get("semantic_head")
-    texts = dict(texts=["a person . a dog .", "a person . a dog ."], custom_entities=True)
+    texts = dict(texts=["a person . a dog ."] * images, custom_entities=True)
     data = demo_mm_inputs(
-        image_shapes=[shape, shape],
+        batch_size=images,
+        image_shapes=[shape] * images,
         num_classes=2,
-        with_mask=True,
+        with_mask="mask" in repr(cfg.model).lower(),
         with_semantic=True,
         sem_seg_output_strides=8 if semantic else 1,
         **(texts if "language_model" in cfg.model else {}),
     )
-    for sample, proposals in zip(data["data_samples"], demo_mm_proposals([shape, shape], 20), strict=True):
-        sample.proposals = proposals
+    proposals = [] if "rpn_head" in cfg.model else demo_mm_proposals([shape] * images, 20)
+    for sample, found in zip(data["data_samples"], proposals):  # noqa: B905  # none, or one for each image
+        sample.proposals = found
     return _first_class(data)
 
 

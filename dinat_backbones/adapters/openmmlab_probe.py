@@ -11,6 +11,8 @@ from mmengine.registry import MODELS
 
 IMAGE_SIZE = 256  # divisible by every stride; larger where the backbone names a size of its own
 
+WEIGHTS = ("init_cfg", "pretrained", "teacher_ckpt")
+
 
 class SwapError(ValueError):
     """The model is tied to its backbone; the message is the reason."""
@@ -153,7 +155,7 @@ def run(module: Any, inputs: Sequence[FeatureMap], size: int, *, single: bool, w
 def without_weights(cfg: Any) -> Any:
     """A copy of a part's config in which nothing names a checkpoint."""
     if isinstance(cfg, dict):
-        kept = {key: without_weights(value) for key, value in cfg.items() if key not in ("init_cfg", "pretrained")}
+        kept = {key: without_weights(value) for key, value in cfg.items() if key not in WEIGHTS}
         return ConfigDict(kept)
     return type(cfg)(map(without_weights, cfg)) if isinstance(cfg, (list, tuple)) else cfg
 

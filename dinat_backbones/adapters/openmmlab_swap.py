@@ -69,11 +69,12 @@ def with_backbone(
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         import_framework(cfg.get("default_scope") or "mmdet")
         model = find_model(cfg.model)
+        unswapped = copy.deepcopy(model)
         old = _maps_of(model)
         _replace(model, old, named, min(_crop(cfg)))
         model.backbone.update(_arguments(cfg, named, dilations, checkpoint))
         if "language_model" not in model:  # which would be downloaded
-            build(model, "model")
+            _check_build(model, unswapped)
     _forget_old_weights(cfg, model)
     if model.backbone.get("init_cfg") and checkpoint is None:
         _normalize_as_imagenet(cfg)
@@ -81,6 +82,18 @@ def with_backbone(
     if not keep_optimizer:
         set_optimizer(cfg, named)
     return cfg
+
+
+def _check_build(model: ConfigDict, unswapped: ConfigDict) -> None:
+    """SwapError if the new model cannot be built, and the old one can: otherwise it is not for the backbone."""
+    try:
+        build(model, "model")
+    except SwapError:
+        try:
+            build(unswapped, "model")
+        except SwapError:
+            return
+        raise
 
 
 def import_framework(scope: str) -> None:
@@ -108,6 +121,8 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[str]:
     """The entries that differ between two configs, one line each: "model.neck.in_channels: [256, 512] -> [64, 128]"."""
     if isinstance(old, Config) and isinstance(new, Config):
         old, new = old.to_dict(), new.to_dict()
+    if old == new:
+        return
     if isinstance(old, dict) and isinstance(new, dict) and ("arch" in new or path.endswith("custom_keys")):
         yield f"{path}: {old.get('type') or _short(old)} -> {_short(new)}"
         return

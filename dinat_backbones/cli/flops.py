@@ -13,8 +13,8 @@ head, but not the auxiliary head, at 2048 x 512, or 2560 x 640 for the models of
 at its own size. Parameters are the trainable ones.
 
 Models are built on torch's meta device, and nothing is computed. Only the heads of Mask2Former and of the DETR family
-run, on zeros, since their shapes depend on values. Mask2Former's published MACs are averages over a validation set; here
-they are those of 800 x 800.
+run, on zeros, since their shapes depend on values. Mask2Former's published MACs are averages over a validation set;
+here they are those of 800 x 800.
 
 Exit status 1 if a published model's parameters do not round to the published million, but for those of `PARAMS_M`, or
 its MACs are further than 0.2 % from the published ones (classifiers: 1 %, as those have three digits or fewer;
@@ -160,6 +160,7 @@ def _whole_detector(model: Any, size: tuple[int, int]) -> int:
 
     width, height = size
     sample = DetDataSample(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
+    model.requires_grad_(False)  # torch's counter stumbles over parameters that are arguments of modules
     if hasattr(model, "forward_transformer"):  # whose shapes depend on values
         macs, features = _features(model, size)
         for name, part in model.named_children():

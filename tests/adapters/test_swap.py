@@ -70,9 +70,9 @@ def parameter_groups(cfg):
 
 
 def comparable(value):
-    """Tuples and lists alike, without entries that are None."""
+    """Tuples and lists alike, without entries that are None and what mmengine adds to configs of other packages."""
     if isinstance(value, dict):
-        return {key: comparable(item) for key, item in value.items() if item is not None}
+        return {key: comparable(item) for key, item in value.items() if item is not None and key != "_scope_"}
     return [comparable(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -240,7 +240,8 @@ def test_ready_configs_are_what_the_swap_makes(ready):
         del expected.optim_wrapper.optimizer["lr"]
     assert comparable(cfg.optim_wrapper.to_dict()) == comparable(expected.optim_wrapper.to_dict())
     if "12e" not in ready or "dino" in ready:
-        for got, wanted in zip(cfg.param_scheduler, expected.param_scheduler, strict=True):
+        schedulers = zip(comparable(cfg.param_scheduler), comparable(expected.param_scheduler), strict=True)
+        for got, wanted in schedulers:
             assert got.pop("eta_min", 0) == pytest.approx(wanted.pop("eta_min", 0)) and got == wanted
     with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device("meta"):
         assert type(MODELS.build(cfg.model.backbone)).__name__ == "DiNAT"
@@ -279,8 +280,9 @@ def test_flops_counts_a_swapped_detector():
     assert done.returncode == 0, done.stderr
     name, size, *figures = done.stdout.splitlines()[-1].split()
     assert (name, size) == ("retinanet_r50_fpn_1x_coco_dinat_mini", "1280x800")
-    expected = MODELS.build(dict(type="DiNAT", arch="dinat_mini", dilations="coco", out_indices=[1, 2, 3]))
-    backbone = sum(parameter.numel() for parameter in expected.parameters())
-    # mmdet's RetinaNet with ResNet-50, which has 37.74 M parameters, of which the backbone has 23.51 M
-    fpn = 256 * (512 + 1024 + 2048 - 128 - 256 - 512) + 9 * 256 * (2048 - 512)  # that reads fewer channels
-    assert float(figures[0].rstrip("M")) == pytest.approx((37.74e6 - 23.51e6 - fpn + backbone) / 1e6, abs=0.02)
+    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
+        model = MODELS.build(swap(RETINANET, "dinat_mini").model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert float(figures[0].rstrip("M")) == pytest.approx(parameters / 1e6, abs=0.005)
+    # published: 225 G with the heads of Mask R-CNN; the heads of RetinaNet take more than half of it
+    assert 150 < float(figures[-1]) < 225
