@@ -16,18 +16,18 @@ OP_GOLDEN = sorted(path.stem for path in GOLDEN.glob("op_*.npz"))
 
 
 def brute_force(query, key, value, rpb, kernel_size, dilation, scale):
-    """Query by query: list the positions of its residue class, take the K nearest that fit, attend. NumPy float64."""
+    """Query by query: list the positions of its dilation group, take the K nearest that fit, attend. NumPy float64."""
     batch, height, width, heads, _ = query.shape
     out = np.empty(query.shape)
 
     def neighbors(at, length):
-        same_class = [i for i in range(length) if i % dilation == at % dilation]
-        here = same_class.index(at)
+        group = [i for i in range(length) if i % dilation == at % dilation]
+        here = group.index(at)
         window = min(
-            (same_class[s : s + kernel_size] for s in range(len(same_class) - kernel_size + 1)),
-            key=lambda w: abs(same_class.index(w[0]) + kernel_size // 2 - here),
+            (group[s : s + kernel_size] for s in range(len(group) - kernel_size + 1)),
+            key=lambda w: abs(group.index(w[0]) + kernel_size // 2 - here),
         )
-        return window, [same_class.index(i) - here + kernel_size - 1 for i in window]
+        return window, [group.index(i) - here + kernel_size - 1 for i in window]
 
     rows = [neighbors(y, height) for y in range(height)]
     columns = [neighbors(x, width) for x in range(width)]

@@ -50,8 +50,8 @@ def test_on_a_gpu():
 )
 def test_compiles_within_limits(kernel, arch, kernel_size, head_dim, dtype):
     """For A100 and H100: at least two programs per multiprocessor, next to nothing spilled."""
-    cut = triton.tiles(kernel_size, head_dim, dtype)[triton.KERNELS.index(kernel)]
-    report = tool.compile_kernel(kernel, cut, kernel_size, head_dim, dtype, arch)
+    tiles = triton.tiles(kernel_size, head_dim, dtype)[triton.KERNELS.index(kernel)]
+    report = tool.compile_kernel(kernel, tiles, kernel_size, head_dim, dtype, arch)
     assert report.shared <= 99 * 1024, report  # of sm_86 and sm_89, the least of all
     assert report.programs >= 2, report
     assert report.spilled <= 256, report
@@ -62,8 +62,8 @@ def test_compiles_within_limits(kernel, arch, kernel_size, head_dim, dtype):
 @pytest.mark.parametrize("kernel", triton.KERNELS)
 def test_largest_head_dim_fits(kernel):
     """128 in float32 on sm_86, whose programs have 99 KiB of shared memory."""
-    cut = triton.tiles(7, 128, torch.float32)[triton.KERNELS.index(kernel)]
-    report = tool.compile_kernel(kernel, cut, 7, 128, torch.float32, 86)
+    tiles = triton.tiles(7, 128, torch.float32)[triton.KERNELS.index(kernel)]
+    report = tool.compile_kernel(kernel, tiles, 7, 128, torch.float32, 86)
     assert report.shared <= 99 * 1024, report
 
 
@@ -71,9 +71,9 @@ def test_largest_head_dim_fits(kernel):
 @pytest.mark.parametrize("head_dim", [1, 16, 20, 32, 64, 100, 128])
 @pytest.mark.parametrize("dtype", triton.DTYPES)
 def test_tiles_are_powers_of_two(kernel_size, head_dim, dtype):
-    for cut in triton.tiles(kernel_size, head_dim, dtype):
-        assert all(number & (number - 1) == 0 and number > 0 for number in cut[:4])
-        assert cut.tile_rows * cut.tile_columns == 64 and cut.rows * cut.columns >= 16
+    for tiles in triton.tiles(kernel_size, head_dim, dtype):
+        assert all(number & (number - 1) == 0 and number > 0 for number in tiles[:4])
+        assert tiles.tile_rows * tiles.tile_columns == 64 and tiles.rows * tiles.columns >= 16
     query_gradient = triton.tiles(kernel_size, head_dim, dtype)[1]
     assert query_gradient.tile_rows * query_gradient.rows >= 16
 

@@ -191,7 +191,7 @@ def test_deterministic_sums_repeat_and_equal_atomic_ones():
 
 
 def test_offsets_of_64_bit(monkeypatch):
-    """An image whose rows are far more than 2 ** 31 elements apart; pages nobody touches take no memory."""
+    """An image whose rows are far more than 2 ** 31 elements apart; untouched pages take no memory."""
     height, width, apart = 6, 7, 1 << 29
     if not INTERPRETED:
         pytest.skip("takes 12 GiB of addresses, which a CPU has for nothing and a GPU has not")
@@ -217,10 +217,10 @@ def to_dtype_all(tensors, rpb, grad_out):
 
 
 def test_several_tiles_and_blocks(monkeypatch):
-    """Another cut of the same problem: many blocks of columns, tiles of unequal sides."""
+    """Other tiles than the usual: many blocks of columns, tiles of unequal sides."""
     (query, key, value, rpb, grad_out), expected = small()
-    cuts = (triton.Tiles(4, 8, 2, 8, 4, 1), triton.Tiles(8, 4, 4, 4, 4, 1), triton.Tiles(4, 8, 1, 16, 4, 1))
-    monkeypatch.setitem(triton.TUNED, (5, 16, torch.float32), cuts)
+    tiles = (triton.Tiles(4, 8, 2, 8, 4, 1), triton.Tiles(8, 4, 4, 4, 4, 1), triton.Tiles(4, 8, 1, 16, 4, 1))
+    monkeypatch.setitem(triton.TUNED, (5, 16, torch.float32), tiles)
     got = run([query, key, value], rpb, grad_out, kernel_size=5, backend="triton")
     assert_near([t.cpu() for t in got], expected, 1e-5)
 

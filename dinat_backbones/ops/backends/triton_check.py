@@ -1,4 +1,4 @@
-"""The Triton kernels are compared with `tiled` before they are trusted, on GPUs that nobody may have tried.
+"""The Triton kernels are compared with `tiled` before they are used: they may meet a GPU they were never run on.
 
 Once per process and kind of call (device, dtype, kernel size, head dimension), forward and backward on a map of a few
 pixels: a few milliseconds beside compilation. DINAT_CHECK=0 in the environment turns it off.
@@ -54,7 +54,7 @@ def _errors(
     backend: "TritonBackend", device: torch.device, dtype: torch.dtype, kernel_size: int, head_dim: int
 ) -> dict[str, float]:
     """Largest difference from float64, of the largest magnitude, of the output and each gradient."""
-    generator = torch.Generator().manual_seed(0)  # a generator of its own: nobody's random numbers change
+    generator = torch.Generator().manual_seed(0)  # leaves torch's random state as it is
     height, width, heads, scale = 2 * kernel_size, 2 * kernel_size + 3, 2, head_dim**-0.5
 
     def draw(*shape: int) -> torch.Tensor:

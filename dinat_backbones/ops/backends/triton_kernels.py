@@ -46,7 +46,7 @@ def _query_range(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr):
 
 @triton.jit
 def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
-    """What this program works on: batch, head, residues, size of the dilation group, first row and column of the tile.
+    """What this program works on: batch, head, dilation group, its size, first row and column of the tile.
 
     Heads run fastest, because they are neighbors in memory, then tiles of one group, which share keys.
     """
@@ -59,13 +59,13 @@ def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMN
     rest = rest // column_tiles
     first_row = rest % row_tiles * TILE_ROWS
     rest = rest // row_tiles
-    residue_column = rest % dilation
+    group_column = rest % dilation
     rest = rest // dilation
-    residue_row = rest % dilation
+    group_row = rest % dilation
     batch = rest // dilation
-    rows = tl.cdiv(height - residue_row, dilation)
-    columns = tl.cdiv(width - residue_column, dilation)
-    return batch, head, residue_row, residue_column, rows, columns, first_row, first_column
+    rows = tl.cdiv(height - group_row, dilation)
+    columns = tl.cdiv(width - group_column, dilation)
+    return batch, head, group_row, group_column, rows, columns, first_row, first_column
 
 
 @triton.jit
@@ -77,9 +77,9 @@ def _steps(dilation, row, column, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _first_pixel(batch, head, residue_row, residue_column, height, width, heads):
+def _first_pixel(batch, head, group_row, group_column, height, width, heads):
     """Index of the first position of a dilation group in the flattened [B, H, W, heads]; 64 bit."""
-    return ((batch.to(tl.int64) * height + residue_row) * width + residue_column) * heads + head
+    return ((batch.to(tl.int64) * height + group_row) * width + group_column) * heads + head
 
 
 @triton.jit
@@ -154,14 +154,14 @@ def forward_kernel(
 ):
     """out [B, H, W, heads, DIM] and lse [B, H, W, heads], the base-2 logarithm of the softmax's denominator."""
     SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, residue_row, residue_column, rows, columns, first_row, first_column = _locate(
+    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
         height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
+    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
@@ -250,14 +250,14 @@ def query_gradient_kernel(
     or with ATOMIC off [programs, SPAN, SPAN], to be summed up afterwards.
     """
     SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, residue_row, residue_column, rows, columns, first_row, first_column = _locate(
+    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
         height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
+    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
@@ -367,14 +367,14 @@ def key_gradient_kernel(
 ):
     """grad_key and grad_value of a tile of keys, the second and third of three in [B, H, W, 3, heads, DIM]."""
     SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, residue_row, residue_column, rows, columns, first_row, first_column = _locate(
+    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
         height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
     start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += residue_row.to(tl.int64) * stride_row + residue_column.to(tl.int64) * stride_column
+    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, residue_row, residue_column, height, width, heads)
+    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
     slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)

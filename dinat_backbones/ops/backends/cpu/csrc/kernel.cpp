@@ -5,7 +5,7 @@
 // further, whatever the dilation. Windows differ between lanes only near the left and right border; vectors there compute the
 // union of their windows and mask. Weighted sums are computed with lanes that are dims: rows lie as pixels, [column][dim], each
 // weight is one number for all lanes, and every column takes exactly its own window.
-// Rows of one residue class are handled kRows at a time and share every row they load.
+// Rows of one dilation group are handled kRows at a time and share every row they load.
 #include <algorithm>
 
 #include "backward.h"

@@ -63,7 +63,7 @@ struct Geometry {
     first.resize(padded), last.resize(padded), key_low.resize(padded), key_high.resize(padded);
     for (int64_t i = 0; i < padded; ++i) {
       const int64_t x = std::min(i, p.width - 1), position = x / p.dilation;
-      const int64_t length = class_length(p.width, p.dilation, x % p.dilation);
+      const int64_t length = group_length(p.width, p.dilation, x % p.dilation);
       first[i] = int32_t(window_start(position, length, p.kernel) - position);
       last[i] = first[i] + p.kernel - 1;
       key_low[i] = int32_t(position - last_query(position, length, p.kernel));
@@ -91,7 +91,7 @@ struct Items {
 
 Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
   const int64_t strips = (p.width + width - 1) / width, groups = std::min<int64_t>(p.dilation, p.height);
-  const int64_t units = p.batch * p.heads * groups * strips, longest = class_length(p.height, p.dilation, 0);
+  const int64_t units = p.batch * p.heads * groups * strips, longest = group_length(p.height, p.dilation, 0);
   // Several items per thread even out the ends; every split repeats some packing.
   const int64_t wanted = (6 * p.threads + units - 1) / units;
   const int64_t chunks = p.threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / least_rows));
@@ -100,7 +100,7 @@ Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads; ++h)
       for (int64_t r = 0; r < groups; ++r) {
-        const int64_t length = class_length(p.height, p.dilation, r);
+        const int64_t length = group_length(p.height, p.dilation, r);
         for (int64_t c = 0; c < chunks; ++c)
           for (int64_t x = 0; x < p.width; x += width)
             items.all.push_back(

@@ -51,10 +51,10 @@ NA2D_EXPORT int na2d_use_instruction_set(const char* name);
 
 namespace na2d {
 
-// A share of the work: queries (and, going backward, keys) at class positions [row_begin, row_end) of one row residue
+// A share of the work: queries (and, going backward, keys) at group positions [row_begin, row_end) of one dilation group of rows
 // and columns [column_begin, column_end) of one head of one image.
 struct Item {
-  int64_t batch, head, residue, row_begin, row_end, column_begin, column_end;
+  int64_t batch, head, group, row_begin, row_end, column_begin, column_end;
 };
 
 // What every item of one call needs to know about the columns; arrays of `width` and some more, see Geometry in na2d.cpp.
@@ -65,8 +65,8 @@ struct Columns {
   const int32_t* key_high;
 };
 
-inline int64_t class_length(int64_t length, int64_t dilation, int64_t residue) {
-  return (length - residue + dilation - 1) / dilation;
+inline int64_t group_length(int64_t length, int64_t dilation, int64_t group) {
+  return (length - group + dilation - 1) / dilation;
 }
 inline int64_t window_start(int64_t position, int64_t length, int64_t kernel) {
   int64_t start = position - kernel / 2;

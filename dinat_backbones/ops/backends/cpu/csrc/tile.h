@@ -57,13 +57,13 @@ struct Tile {
   const Na2dProblem& p;
   const Columns& columns;
   const Item& item;
-  const int64_t K, span, dims, vector_dims, length;  // dims: in planes; vector_dims: in pixels; length: of the row class
+  const int64_t K, span, dims, vector_dims, length;  // dims: in planes; vector_dims: in pixels; length: of the group of rows
   const int64_t begin, end, vectors;                 // columns of the queries, begin a multiple of the vector width
   int64_t key_begin, key_end;                        // columns of their keys
   int64_t key_ld, query_ld, ring;
   float *keys, *queries;      // planes [row][dim][column], keys in a ring of rows; each row behind a left pad of L
   std::vector<Range> ranges;  // of every vector
-  int64_t row = 0, rows = 0;  // the tile's query rows: class positions [row, row + rows)
+  int64_t row = 0, rows = 0;  // the tile's query rows: group positions [row, row + rows)
   int64_t packed = -1;        // key rows below this are in the ring
 
   static int64_t key_columns(const Na2dProblem& p, int64_t columns) {
@@ -76,7 +76,7 @@ struct Tile {
 
   Tile(const Na2dProblem& p, const Columns& columns, const Item& item, int64_t begin, int64_t end, float*& scratch)
       : p(p), columns(columns), item(item), K(p.kernel), span(2 * K - 1), dims(round_up(p.dim, kDimPad)),
-        vector_dims(round_up(p.dim, L)), length(class_length(p.height, p.dilation, item.residue)), begin(begin), end(end),
+        vector_dims(round_up(p.dim, L)), length(group_length(p.height, p.dilation, item.group)), begin(begin), end(end),
         vectors((end - begin + L - 1) / L), ring(kRows + K - 1) {
     key_begin = p.width, key_end = 0;
     for (int64_t x = begin; x < end; ++x) {
@@ -110,7 +110,7 @@ struct Tile {
   }
 
   int64_t start(int64_t position) const { return window_start(position, length, K); }
-  int64_t map_row(int64_t position) const { return position * p.dilation + item.residue; }
+  int64_t map_row(int64_t position) const { return position * p.dilation + item.group; }
   int64_t slot(int64_t key_row) const { return key_row % ring; }
   int64_t stop() const { return start(row + rows - 1) + K; }  // behind the tile's last key row
   // Where the logit (or weight) of a tile row, window row and relative column lies, for the first column.
