@@ -1,5 +1,7 @@
-"""The optimizer of a config of mmdet or mmseg, adapted to a NAT, DiNAT or DiNAT_s."""
+"""The optimizer of a config of mmdet or mmseg, adapted to a NAT, DiNAT or DiNAT_s as the shipped configs train them."""
 
+import copy
+import functools
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
@@ -15,7 +17,7 @@ NO_DECAY_OF_BLOCK = ("norm", "attn.rpb")
 def set_optimizer(cfg: Config, named: zoo.Arch) -> None:
     """Changes `optim_wrapper` as the published models were trained, and `param_scheduler` where it follows from that.
 
-    SGD and the like become AdamW with the learning rate and weight decay of the published rows, and least learning
+    SGD and the like become AdamW with the learning rate and weight decay of the published models, and least learning
     rates (`eta_min`) shrink as the learning rate does; AdamW keeps its numbers. Norms and rpb have no weight decay, and
     where the config gives the backbone a learning rate of its own, they keep that. Constructors for another backbone's
     layers become the default one.
@@ -23,12 +25,12 @@ def set_optimizer(cfg: Config, named: zoo.Arch) -> None:
     wrapper = cfg.get("optim_wrapper")
     if not wrapper or "optimizer" not in wrapper:
         return
-    row: Any = _row(cfg, named)
+    published = published_recipe(named, cfg.get("default_scope") == "mmseg").optim_wrapper
     groups = dict(wrapper.get("paramwise_cfg") or {})
     optimizer = wrapper.optimizer
     if optimizer.type not in ("AdamW", "Adam"):
-        _scale_eta_min(cfg.get("param_scheduler"), row.lr / optimizer.lr)
-        wrapper.optimizer = ConfigDict(type="AdamW", lr=row.lr, betas=row.betas, weight_decay=row.weight_decay)
+        _scale_eta_min(cfg.get("param_scheduler"), published.optimizer.lr / optimizer.lr)
+        wrapper.optimizer = copy.deepcopy(published.optimizer)
         groups = {key: value for key, value in groups.items() if key == "custom_keys"}  # the others were for SGD
     if "Decay" in str(wrapper.get("constructor")):  # by layers that it knows of other backbones alone
         del wrapper["constructor"]
@@ -40,14 +42,16 @@ def set_optimizer(cfg: Config, named: zoo.Arch) -> None:
         blocks = [f"blocks.{i}.{name}" for i in range(max(named.depths)) for name in NO_DECAY_OF_BLOCK]
         keys.update({key: dict(no_decay) for key in (*NO_DECAY, *blocks)})
     else:
-        keys.update({key: dict(no_decay) for key in row.no_decay if key != "absolute_pos_embed"})
+        keys.update({key: dict(no_decay) for key in published.paramwise_cfg.custom_keys})
     wrapper.paramwise_cfg = ConfigDict(groups, custom_keys=keys)
 
 
-def _row(cfg: Config, named: zoo.Arch) -> Any:
-    segmentor = cfg.get("default_scope") == "mmseg"
+@functools.cache
+def published_recipe(named: zoo.Arch, segmentor: bool) -> Config:
+    """The shipped config of the first published detector (or segmentor) with this backbone; not to be changed."""
     rows: dict[str, Any] = dict(zoo.SEGMENTATION if segmentor else zoo.DETECTION)
-    return next(row for row in rows.values() if row.arch == named.name)
+    row = next(row for row in rows.values() if row.arch == named.name)
+    return Config.fromfile(str(zoo.config_folder() / row.config))
 
 
 def _scale_eta_min(schedulers: Any, factor: float) -> None:

@@ -28,7 +28,7 @@ from .openmmlab_probe import (
     read_by_head,
     type_name,
 )
-from .openmmlab_recipe import set_optimizer
+from .openmmlab_recipe import published_recipe, set_optimizer
 
 STRIDES = (4, 8, 16, 32)  # of every backbone of `zoo.ARCHS`
 # Parts of a model that read no map of the backbone.
@@ -360,9 +360,8 @@ def _dicts(part: Any) -> Iterator[str]:
 def _arguments(cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | None) -> dict[str, Any]:
     """The arguments of the new backbone besides `type` and `out_indices`."""
     segmentor = any(head in find_model(cfg.model) for head in SEGMENTOR_HEADS)
-    rows: dict[str, Any] = dict(zoo.SEGMENTATION if segmentor else zoo.DETECTION)
-    row = next(row for row in rows.values() if row.arch == named.name)
-    arguments: dict[str, Any] = dict(arch=named.name, drop_path_rate=row.drop_path_rate)
+    published = published_recipe(named, segmentor).model.backbone
+    arguments: dict[str, Any] = dict(arch=named.name, drop_path_rate=published.get("drop_path_rate", 0.0))
     if named.family != "NAT":
         if dilations is None:
             dilations = "coco" if not segmentor else "ade20k-640" if min(_crop(cfg)) >= 640 else "ade20k-512"
@@ -374,7 +373,7 @@ def _arguments(cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | N
     if in_chans != 3:
         arguments["in_chans"] = in_chans
     if checkpoint is None and in_chans == 3:
-        checkpoint = zoo.PRETRAINED[row.pretrained]
+        checkpoint = published.init_cfg.checkpoint
     if checkpoint not in (None, "none"):
         arguments["init_cfg"] = dict(type="Pretrained", checkpoint=checkpoint)
     return arguments

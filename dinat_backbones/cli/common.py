@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-PACKAGE = Path(__file__).resolve().parents[1]
-
 
 class UnreadableImageError(Exception):
     """A file is not an image, or a damaged one."""
@@ -66,12 +64,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def config_folder() -> Path:
-    """The folder of this package's configs: that of the checkout, or that of the installed package."""
-    checkout = PACKAGE.parent / "configs"
-    return checkout if checkout.is_dir() else PACKAGE / ".mim" / "configs"
 
 
 def resolve_config(name: str) -> Path:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 import dinat_backbones
 
 from .. import zoo
-from .common import atomic_write, config_folder, load_config, stop
+from .common import atomic_write, load_config, stop
 
 TOLERANCE = 1e-4
 OPSET = 18
@@ -117,7 +117,7 @@ def _backbone(name: str, dilations: str | None, checkpoint: str | None) -> Expor
 
 
 def _segmentor(name: str, checkpoint: str | None) -> Exported:
-    path = config_folder() / CONFIGS[name] if name in CONFIGS else Path(name)
+    path = zoo.config_folder() / CONFIGS[name] if name in CONFIGS else Path(name)
     if not path.is_file():
         raise ExportError(f"{name} is neither a config nor one of: {', '.join((*zoo.ARCHS, *CONFIGS))}")
     cfg = load_config(str(path))

@@ -32,7 +32,7 @@ from torch import nn
 
 from .. import create_classifier, zoo
 from ..ops.flops import count_macs
-from .common import config_folder, load_config, stop
+from .common import load_config, stop
 from .config import add_backbone_options, with_backbone_written
 
 TOLERANCE, TOLERANCE_CLASSIFIER = 0.002, 0.01
@@ -86,7 +86,7 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
             model: nn.Module = create_classifier(name).eval()
         size = size or (row.resolution, row.resolution)
     else:
-        path = config_folder() / row.config if row else Path(name)
+        path = zoo.config_folder() / row.config if row else Path(name)
         if row is None:
             row = CONFIGS.get("/".join(path.parts[-3:]))
         if path.suffix == ".yaml" and "dinat_large" in path.stem:

@@ -16,6 +16,8 @@ to 0.9. Whatever follows from something else (names, addresses, configs, dilatio
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .archs import ARCHS, ISOTROPIC, Arch, Isotropic, arch, find, isotropic
 from .dilation_settings import DILATION_SETTINGS, DilationSetting, dilation_setting, dilations, settings_of
 from .rows import (
@@ -39,7 +41,7 @@ __all__ = [
     "DILATION_SETTINGS", "DilationSetting", "dilation_setting", "dilations", "settings_of",
     "CLASSIFICATION", "DETECTION", "SEGMENTATION", "MASK2FORMER", "IMAGENET22K", "PRETRAINED",
     "IMAGENET_MEAN", "IMAGENET_STD",
-    "Classification", "ImageNet22k", "Detection", "Segmentation", "Mask2Former", "Row", "rows",
+    "Classification", "ImageNet22k", "Detection", "Segmentation", "Mask2Former", "Row", "rows", "config_folder",
 ]  # fmt: skip
 
 Row = Classification | Detection | Segmentation | Mask2Former
@@ -48,3 +50,10 @@ Row = Classification | Detection | Segmentation | Mask2Former
 def rows() -> tuple[Row, ...]:
     """All 64 published rows."""
     return (*CLASSIFICATION.values(), *DETECTION.values(), *SEGMENTATION.values(), *MASK2FORMER.values())
+
+
+def config_folder() -> Path:
+    """Where `row.config` is: the folder of configs of the checkout, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "configs"
+    return checkout if checkout.is_dir() else package / ".mim" / "configs"
