@@ -33,7 +33,8 @@ def install() -> None:
     if operators != DESCRIPTION:
         _log(f"mmcv's operators: {operators}")
     elif "mmcv.ops" not in sys.modules:
-        imported = [name for name in ("mmdet", "mmseg") if f"{name}.models" in sys.modules]
+        # their first modules that import operators; without them they define functions of the same names that fail
+        imported = [name.split(".")[0] for name in ("mmdet.structures", "mmseg.models") if name in sys.modules]
         if imported:
             _log(
                 f"{' and '.join(imported)} had been imported before dinat_backbones and lack mmcv's operators: import "
