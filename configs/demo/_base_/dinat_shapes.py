@@ -22,7 +22,12 @@ loading = dict(num_workers=0, persistent_workers=False)
 
 # No exceptions from the decay, which is next to nothing in so short a run: mmengine would make every parameter a group
 # of its own, which takes a tenth of the time.
-adamw = dict(type="AdamW", betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+adamw = dict(
+    type="AdamW",
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    fused=not __import__("torch").__version__.startswith("2.3."),  # torch 2.3 has it on GPUs alone
+)
 clipping = dict(max_norm=5.0)
 warmup = dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=60)
 decay = dict(type="CosineAnnealingLR", eta_min=0.0, by_epoch=True, convert_to_iter_based=True)
