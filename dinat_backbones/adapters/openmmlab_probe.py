@@ -132,6 +132,9 @@ def build(cfg: Any, part: str) -> Any:
     except Exception as error:
         raise SwapError(f"{part} {type_name(cfg)} cannot be built: {one_line(error)}") from error
     module = revert_sync_batchnorm(module)
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.eps == 0:
+            part.eps = 1e-5  # new versions of torch refuse 0, which a backbone of NAS-FCOS has
     module.eval()  # which returns nothing in mmdet's backbones
     return module
 
