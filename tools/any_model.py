@@ -141,6 +141,7 @@ def train_and_predict(cfg: Config) -> None:
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         samples = segmentation_samples if scope == "mmseg" else detection_samples
+        model.init_weights()
         if hasattr(model, "set_epoch"):
             model.set_epoch(0)  # as a hook does before training
         model.train()

@@ -144,6 +144,8 @@ def run(module: Any, inputs: Sequence[FeatureMap], size: int, *, single: bool, w
     for device in ("meta", "cpu"):
         try:
             module = module.to_empty(device="cpu") if device == "cpu" else module.to(device)
+            for tensor in (*module.parameters(), *module.buffers()):
+                torch.nn.init.zeros_(tensor)  # deformable convolutions crash on offsets of any size
             side = size if device == "meta" or single else IMAGE_SIZE  # a neck or head computes for long
             maps = [map.zeros(device, side).requires_grad_(with_inputs) for map in inputs]
             outputs = module(maps[0] if single else tuple(maps))
