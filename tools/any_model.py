@@ -10,6 +10,7 @@ appended to the file of rows; families that it has already are left out, so that
 """
 
 import argparse
+import copy
 import json
 import logging
 import time
@@ -119,6 +120,8 @@ def _shrink(part: Any) -> None:
     if not isinstance(part, dict):
         return
     part.pop("init_cfg", None)
+    if part.get("type") == "MMSyncBN":  # which wants several processes
+        part["type"] = "BN"
     if part.get("pretrained"):
         part["pretrained"] = None
     for key, value in part.items():
@@ -131,12 +134,14 @@ def train_and_predict(cfg: Config) -> None:
     """One step of training and a prediction of a shrunk model; AssertionError if a parameter of the backbone has no
     finite gradient."""
     torch.manual_seed(0)
-    MessageHub.get_current_instance().update_info("iter", 0)  # which some losses warm up by
+    for name in ("iter", "epoch"):  # which some losses warm up by
+        MessageHub.get_current_instance().update_info(name, 0)
     scope = cfg.get("default_scope") or "mmdet"
     cfg = shrink(cfg)
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(cfg.model))
         samples = segmentation_samples if scope == "mmseg" else detection_samples
+        model.init_weights()
         if hasattr(model, "set_epoch"):
             model.set_epoch(0)  # as a hook does before training
         model.train()
@@ -204,7 +209,16 @@ def detection_samples(cfg: Config, model: Any, training: bool = True) -> dict[st
     proposals = [] if "rpn_head" in cfg.model else demo_mm_proposals([shape] * images, 20)
     for sample, found in zip(data["data_samples"], proposals):  # noqa: B905  # none, or one for each image
         sample.proposals = found
-    return _first_class(data)
+    for i, sample in enumerate(data["data_samples"]):
+        sample.set_metainfo(dict(homography_matrix=torch.eye(3).numpy(), img_id=i))
+    data = _first_class(data)
+    return branches(data) if training and "semi_train_cfg" in cfg.model else data
+
+
+def branches(data: dict[str, Any]) -> dict[str, Any]:
+    """The same images for every branch of a semi-supervised model."""
+    names = ("sup", "unsup_teacher", "unsup_student")
+    return {key: {name: copy.deepcopy(value) for name in names} for key, value in data.items()}
 
 
 def reid_samples(training: bool) -> dict[str, Any]:

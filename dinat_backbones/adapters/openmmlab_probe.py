@@ -132,6 +132,9 @@ def build(cfg: Any, part: str) -> Any:
     except Exception as error:
         raise SwapError(f"{part} {type_name(cfg)} cannot be built: {one_line(error)}") from error
     module = revert_sync_batchnorm(module)
+    for part in module.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.eps == 0:
+            part.eps = 1e-5  # new versions of torch refuse 0, which a backbone of NAS-FCOS has
     module.eval()  # which returns nothing in mmdet's backbones
     return module
 
@@ -141,6 +144,8 @@ def run(module: Any, inputs: Sequence[FeatureMap], size: int, *, single: bool, w
     for device in ("meta", "cpu"):
         try:
             module = module.to_empty(device="cpu") if device == "cpu" else module.to(device)
+            for tensor in (*module.parameters(), *module.buffers()):
+                torch.nn.init.zeros_(tensor)  # deformable convolutions crash on offsets of any size
             side = size if device == "meta" or single else IMAGE_SIZE  # a neck or head computes for long
             maps = [map.zeros(device, side).requires_grad_(with_inputs) for map in inputs]
             outputs = module(maps[0] if single else tuple(maps))

@@ -414,8 +414,8 @@ def _preprocessors(part: Any) -> Iterator[ConfigDict]:
     if not isinstance(part, dict):
         return
     for key, value in part.items():
-        if key == "data_preprocessor" and isinstance(value, dict):
-            yield value
+        if key == "data_preprocessor" and isinstance(value, dict) and "data_preprocessor" not in value:
+            yield value  # that of several branches has the one that normalizes inside
         yield from _preprocessors(value)
 
 

@@ -262,7 +262,7 @@ def test_dinat_config_writes_a_config_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     for line in ("model.neck.start_level: 1 -> 0", "model.neck.in_channels: [256, 512, 1024, 2048] -> [128, 256, 512]"):
         assert line in done.stdout
-    assert "_base_" not in out.read_text()
+    assert "_base_ =" not in out.read_text()
     expected = swap(RETINANET, "dinat_mini")
     assert comparable(Config.fromfile(out).to_dict()) == comparable(expected.to_dict())
 
