@@ -7,7 +7,7 @@ torch's FLOP counter what the ops compute; it is apart because that counter take
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,24 @@ _BACKWARD = f"(Tensor grad_out, Tensor? out, Tensor? lse, {_CALL}) -> (Tensor gr
 
 _library = torch.library.Library("dinat_backbones", "DEF")
 
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+class Call(NamedTuple):
+    """A call that has passed the checks, as kernels get it; for shapes see `neighborhood_attention_2d`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    rpb: torch.Tensor | None
+    kernel_size: int
+    dilation: int
+    scale: float
+
+
+class Saved(NamedTuple):
+    """What a backward kernel gets of the forward pass: both where `keeps_lse`, else None."""
+
+    out: torch.Tensor | None
+    lse: torch.Tensor | None
 
 
 class CompiledBackend(Backend):
@@ -55,31 +72,12 @@ class CompiledBackend(Backend):
             _library.impl(op, function, key)
 
     @abstractmethod
-    def forward(
-        self,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
+    def forward(self, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         """The forward kernel: fills `out` and, if `keeps_lse`, `lse`. The batch is not empty."""
 
     @abstractmethod
     def backward(
-        self,
-        grad_out: torch.Tensor,
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
+        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
     ) -> None:
         """The backward kernel: fills `grad_qkv` and adds to `grad_rpb`, zeros in float32. The batch is not empty."""
 
@@ -101,10 +99,10 @@ class CompiledBackend(Backend):
     def _run_forward(
         self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = self._checked(qkv, rpb, kernel_size, dilation, scale)
-        out, lse = self._new_outputs(query)
+        call = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        out, lse = self._new_outputs(call.query)
         if out.numel():
-            self.forward((query, key, value), rpb, kernel_size, dilation, scale, out, lse)
+            self.forward(call, out, lse)
         return out, lse
 
     def _run_backward(
@@ -118,13 +116,12 @@ class CompiledBackend(Backend):
         dilation: int,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = self._checked(qkv, rpb, kernel_size, dilation, scale)
-        self._check_saved(grad_out, out, lse, query)
-        grad_qkv = self._new_grad_qkv(query)
-        sums = query.new_zeros(0 if rpb is None else rpb.shape, dtype=torch.float32)
+        call = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        self._check_saved(grad_out, out, lse, call.query)
+        grad_qkv = self._new_grad_qkv(call.query)
+        sums = call.query.new_zeros(0 if rpb is None else rpb.shape, dtype=torch.float32)
         if grad_qkv.numel():
-            table = None if rpb is None else sums
-            self.backward(grad_out, out, lse, (query, key, value), rpb, kernel_size, dilation, scale, grad_qkv, table)
+            self.backward(call, grad_out, Saved(out, lse), grad_qkv, None if rpb is None else sums)
         return grad_qkv, sums if rpb is None else sums.to(rpb.dtype)
 
     def _forward_meta(
@@ -179,13 +176,13 @@ class CompiledBackend(Backend):
 
     def _checked(
         self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
-    ) -> Triple:
-        """Query, key and value of a call that is right and that can run here."""
+    ) -> Call:
+        """The call, which is right and can run here."""
         check_call(qkv, rpb, kernel_size, dilation)
         reasons = self.unsupported(qkv, rpb, kernel_size, dilation, scale)
         if reasons:
             raise RuntimeError(f"{self.op} cannot run this call: {'; '.join(reasons)}")
-        return split(qkv)
+        return Call(*split(qkv), rpb, kernel_size, dilation, scale)
 
     def _check_saved(
         self, grad_out: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None, query: torch.Tensor
@@ -206,7 +203,7 @@ class CompiledBackend(Backend):
         return query.new_empty((batch, height, width, 3, heads, head_dim))
 
 
-def split(qkv: Sequence[torch.Tensor]) -> Triple:
+def split(qkv: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value, views of the packed tensor if it is one."""
     query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(3)
     return query, key, value

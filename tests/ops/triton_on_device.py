@@ -14,6 +14,7 @@ from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d
 from dinat_backbones.ops import BACKENDS
 from dinat_backbones.ops.backends import triton_backend as triton
 from dinat_backbones.ops.backends import triton_check
+from dinat_backbones.ops.registration import Call
 from helpers import assert_near, draw, run, to_dtype
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -150,8 +151,8 @@ def test_packed_equals_apart(dtype):
 def test_views_of_qkv_are_not_copied():
     (query, key, value, rpb, _), _ = small()
     assert not query.is_contiguous()
-    call = triton._Call((query, key, value), rpb, 5, 1, 0.25)
-    assert [t.data_ptr() for t in call.inputs[:3]] == [t.data_ptr() for t in (query, key, value)]
+    launcher = triton._Launcher(Call(query, key, value, rpb, 5, 1, 0.25))
+    assert [t.data_ptr() for t in launcher.inputs[:3]] == [t.data_ptr() for t in (query, key, value)]
 
 
 @pytest.mark.parametrize("layout", ["heads first", "dims first", "unlike each other"])

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..registration import CompiledBackend, Triple
+from ..registration import Call, CompiledBackend, Saved
 from . import triton_check
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,11 +125,11 @@ def gradient_constants(kernel_size: int, atomic: bool) -> dict[str, bool | int]:
     return dict(ATOMIC=atomic, BLOCK_SPAN=max(16, power_of_two(2 * kernel_size - 1)))
 
 
-class _Call:
+class _Launcher:
     """What the kernels of one direction have in common."""
 
-    def __init__(self, qkv: Triple, rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float):
-        query, key, value = qkv
+    def __init__(self, call: Call):
+        query, key, value, rpb, kernel_size, dilation, scale = call
         if query.stride(-1) != 1 or not query.stride() == key.stride() == value.stride():
             query, key, value = (t.contiguous() for t in (query, key, value))
         batch, self.height, self.width, self.heads, self.dim = query.shape
@@ -234,32 +234,13 @@ class TritonBackend(CompiledBackend):
             self.disagreements[kind] = "" if off else triton_check.disagreement(self, *kind)
         return self.disagreements[kind]
 
-    def forward(
-        self,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
+    def forward(self, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         """See `CompiledBackend`."""
-        call = _Call(qkv, rpb, kernel_size, dilation, scale)
-        call.launch("forward", *call.inputs, out, lse)
+        launcher = _Launcher(call)
+        launcher.launch("forward", *launcher.inputs, out, lse)
 
     def backward(
-        self,
-        grad_out: torch.Tensor,
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
+        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
     ) -> None:
         """See `CompiledBackend`.
 
@@ -267,24 +248,25 @@ class TritonBackend(CompiledBackend):
         determinism, every tile of queries gets a table ``[2K-1, 2K-1]`` of its own and those are summed up in order:
         in float32 about ``(2K-1)**2 / 64`` numbers per query and head.
         """
+        out, lse = saved
         assert out is not None and lse is not None  # see `keeps_lse`
-        call = _Call(qkv, rpb, kernel_size, dilation, scale)
+        launcher = _Launcher(call)
         grad_query, grad_key, grad_value = grad_qkv.unbind(3)
         out, grad_out, delta = out.contiguous(), grad_out.contiguous(), torch.empty_like(lse)
         atomic = not torch.are_deterministic_algorithms_enabled()
-        span = 2 * kernel_size - 1
+        span = 2 * call.kernel_size - 1
         if grad_rpb is None:
             tables = lse  # not written
         elif atomic:
             tables = grad_rpb
         else:
-            tables = lse.new_empty((call.programs("query_gradient") // call.heads, call.heads, span, span))
-        call.launch(
+            tables = lse.new_empty((launcher.programs("query_gradient") // launcher.heads, launcher.heads, span, span))
+        launcher.launch(
             "query_gradient",
-            *(*call.inputs, out, lse, grad_out, grad_query, tables, delta),
-            **gradient_constants(kernel_size, atomic),
+            *(*launcher.inputs, out, lse, grad_out, grad_query, tables, delta),
+            **gradient_constants(call.kernel_size, atomic),
         )
-        call.launch("key_gradient", *(*call.inputs, lse, grad_out, delta, grad_key, grad_value))
+        launcher.launch("key_gradient", *(*launcher.inputs, lse, grad_out, delta, grad_key, grad_value))
         if grad_rpb is not None and not atomic:
             grad_rpb += tables.sum(0)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..registration import Call, Saved
 from .tiled import plain_attention
 
 if TYPE_CHECKING:
@@ -62,15 +63,15 @@ def _errors(
 
     qkv, grad_out = draw(1, height, width, 3, heads, head_dim), draw(1, height, width, heads, head_dim)
     rpb = draw(heads, 2 * kernel_size - 1, 2 * kernel_size - 1).float()
-    call = rpb, kernel_size, 2, scale
     query, key, value = qkv.unbind(3)
+    call = Call(query, key, value, rpb, kernel_size, 2, scale)
     with torch.no_grad():
         out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), rpb.new_empty(query.shape[:-1])
-        backend.forward((query, key, value), *call, out, lse)
+        backend.forward(call, out, lse)
         grad_qkv, grad_rpb = torch.empty_like(qkv), torch.zeros_like(rpb)
-        backend.backward(grad_out, out, lse, (query, key, value), *call, grad_qkv, grad_rpb)
+        backend.backward(call, grad_out, Saved(out, lse), grad_qkv, grad_rpb)
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value, rpb)]
-    expected_out = plain_attention(exact[:3], exact[3], *call[1:])
+    expected_out = plain_attention(exact[:3], exact[3], *call[4:])
     expected = [expected_out, *torch.autograd.grad(expected_out, exact, grad_out.double())]
     got = [out, *grad_qkv.unbind(3), grad_rpb]
     return {

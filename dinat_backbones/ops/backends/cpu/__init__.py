@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...registration import CompiledBackend, Triple
+from ...registration import Call, CompiledBackend, Saved
 from . import library, openmp
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -63,36 +63,17 @@ class CPUBackend(CompiledBackend):
             reasons.append(f"dtype {qkv[0].dtype} is not one of {', '.join(map(str, DTYPES))}")
         return reasons
 
-    def forward(
-        self,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
+    def forward(self, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         """See `CompiledBackend`."""
-        problem, _rpb = _problem(qkv, rpb, kernel_size, dilation, scale)
+        problem, _rpb = _problem(call)
         library.view(out, problem.out)
         self._run("na2d_forward", problem, out)
 
     def backward(
-        self,
-        grad_out: torch.Tensor,
-        out: torch.Tensor | None,
-        lse: torch.Tensor | None,
-        qkv: Triple,
-        rpb: torch.Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        scale: float,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
+        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
     ) -> None:
         """See `CompiledBackend`."""
-        problem, _rpb = _problem(qkv, rpb, kernel_size, dilation, scale)
+        problem, _rpb = _problem(call)
         library.view(grad_out, problem.grad_out)
         for grad, view in zip(
             grad_qkv.unbind(3), (problem.grad_query, problem.grad_key, problem.grad_value), strict=True
@@ -106,11 +87,9 @@ class CPUBackend(CompiledBackend):
             raise MemoryError(f"{function}: no memory for scratch at query shape {list(like.shape)}")
 
 
-def _problem(
-    qkv: Triple, rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
-) -> tuple[library.Problem, torch.Tensor | None]:
+def _problem(call: Call) -> tuple[library.Problem, torch.Tensor | None]:
     """What both passes tell the library, and the table it points to, which has to outlive the call."""
-    query, key, value = qkv
+    query, key, value, rpb, kernel_size, dilation, scale = call
     problem = library.Problem(*query.shape, kernel_size, dilation, query.dtype == torch.bfloat16)
     problem.threads, problem.scale = torch.get_num_threads(), scale
     problem.parallel = openmp.parallel()
