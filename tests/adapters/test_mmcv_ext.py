@@ -1,6 +1,5 @@
 """adapters/mmcv_ext called through mmcv.ops, next to compiled mmcv where there is one and next to loops everywhere."""
 
-import contextlib
 import inspect
 import re
 import sys
@@ -15,70 +14,10 @@ import torch.nn.functional as F
 from helpers import assert_near
 
 pytest.importorskip("mmcv", reason="mmcv is not installed: pip install 'dinat_backbones[openmmlab]'")
+
+from mmcv_cases import ROUNDS, Case, assert_same, in_use, mmcv, not_compiled, operators, stand_in
+
 from dinat_backbones.adapters import mmcv_ext
-
-mmcv_ext.install()
-import mmcv.ops  # noqa: E402  # needs the finder where mmcv is not compiled
-
-ROUNDS = 200
-in_use = sys.modules["mmcv._ext"]
-stand_in = types.ModuleType("mmcv._ext")
-mmcv_ext.fill_module(stand_in)
-not_compiled = pytest.mark.skipif(
-    hasattr(in_use, "STAND_IN"), reason="mmcv has no compiled operators here: make test-classic compares with them"
-)
-
-
-@contextlib.contextmanager
-def operators(module):
-    """mmcv.ops computes with `module`."""
-    users = [user for name, user in sys.modules.items() if name.startswith("mmcv.ops.") and hasattr(user, "ext_module")]
-    try:
-        for user in users:
-            user.ext_module = module
-        yield
-    finally:
-        for user in users:
-            user.ext_module = in_use
-
-
-class Case:
-    """Random numbers for one call. Seeds divisible by 4 give whole coordinates (borders, ties), those by 10 nothing."""
-
-    def __init__(self, seed, dtype=torch.float32):
-        self.rng, self.dtype = np.random.default_rng(seed), dtype
-        self.whole, self.empty = seed % 4 == 0, seed % 10 == 0
-
-    def integer(self, low, high):
-        return int(self.rng.integers(low, high + 1))
-
-    def choice(self, *values):
-        return values[self.integer(0, len(values) - 1)]
-
-    def normal(self, *shape, size=1.0):
-        return torch.tensor(self.rng.normal(size=shape) * size, dtype=self.dtype)
-
-    def offsets(self, *shape, size=1.5):
-        values = self.normal(*shape, size=size)
-        return values.round() if self.whole else values
-
-    def boxes(self, count, extent=30.0):
-        """(count, 4), some of them without area."""
-        start, size = self.rng.uniform(-3, extent, (count, 2)), self.rng.uniform(0, extent / 2, (count, 2))
-        values = torch.tensor(np.concatenate([start, start + size], 1), dtype=self.dtype)
-        return values.round() if self.whole else values
-
-    def map(self, least=1):
-        return self.normal(2, self.integer(1, 3), self.integer(least, 9), self.integer(least, 9))
-
-    def rois(self, extent=14.0):
-        count = 0 if self.empty else self.integer(1, 4)
-        images = torch.tensor(self.rng.integers(0, 2, (count, 1)), dtype=self.dtype)
-        return torch.cat([images, self.boxes(count, extent)], 1)
-
-    def bins(self):
-        return self.integer(1, 3), self.integer(1, 3)
-
 
 # Each draws a call: a function of the tensors that have gradients, these tensors, and the same in loops over numbers.
 
@@ -263,12 +202,6 @@ def results(call, inputs, seed):
     return [output.detach(), *(torch.zeros_like(v) if g is None else g for v, g in zip(inputs, grads, strict=True))]
 
 
-def assert_same(got, expected, tolerance):
-    assert [value.shape for value in got] == [value.shape for value in expected]
-    filled = [(a, b) for a, b in zip(got, expected, strict=True) if b.numel()]
-    assert_near([a for a, _ in filled], [b for _, b in filled], tolerance)
-
-
 @pytest.mark.parametrize("draw", DIFFERENTIABLE, ids=lambda draw: draw.__name__)
 def test_loops_agree(draw):
     for seed in range(ROUNDS):
@@ -313,108 +246,6 @@ def test_compiled_mmcv_agrees(draw):
             with operators(module):
                 found.append(results(call, inputs, seed))
         assert_same(*found, 1e-5)
-
-
-# ---- boxes
-
-
-def scored_boxes(seed, ties=True):
-    """Up to 30 boxes in up to 4 places, with equal scores and IoUs at the thresholds among them."""
-    case = Case(seed)
-    count = 0 if case.empty else case.integer(1, 30)
-    boxes = case.boxes(count, extent=12.0)
-    scores = torch.tensor(case.rng.permutation(count) + 1, dtype=torch.float32) / (count + 1)
-    if ties and case.choice(True, False):
-        scores = (scores * 4).round() / 4
-    if not ties:
-        scores = torch.tensor(case.rng.random(count), dtype=torch.float32)
-    threshold, offset = case.choice(0.1, 0.3, 1 / 3, 0.5, 0.7), case.choice(0, 1)
-    return case, boxes, scores, threshold, offset
-
-
-def test_nms_keeps_the_boxes_of_the_loops():
-    for seed in range(ROUNDS):
-        _, boxes, scores, threshold, offset = scored_boxes(seed)
-        order = scores.sort(0, descending=True)[1]  # as compiled mmcv has it for equal scores
-        expected = mmcv_loops.nms(boxes.numpy(), order.tolist(), threshold, offset)
-        with operators(stand_in):
-            dets, kept = mmcv.ops.nms(boxes, scores, threshold, offset)
-        assert kept.tolist() == [group[0] for group in expected], seed
-        assert torch.equal(dets, torch.cat([boxes[kept], scores[kept, None]], 1))
-
-
-@pytest.mark.parametrize("method", ["naive", "linear", "gaussian"])
-def test_soft_nms_keeps_the_boxes_of_the_loops(method):
-    for seed in range(ROUNDS):
-        case, boxes, scores, threshold, offset = scored_boxes(seed, ties=False)
-        boxes[:, 2:] += 0.5  # none without area, whose IoU is not a number
-        arguments = (threshold, case.choice(0.3, 0.5), case.choice(1e-3, 0.05, 0.3), method, offset)
-        expected = mmcv_loops.soft_nms(boxes.numpy(), scores.numpy(), *arguments)
-        with operators(stand_in):
-            dets, kept = mmcv.ops.soft_nms(boxes, scores, *arguments)
-        assert kept.tolist() == [index for index, _ in expected], seed
-        assert torch.equal(dets[:, :4], boxes[kept])
-        assert_same([dets[:, 4]], [torch.tensor([score for _, score in expected])], 1e-6)
-
-
-@not_compiled
-def test_compiled_mmcv_keeps_the_same_boxes():
-    for seed in range(ROUNDS):
-        case, boxes, scores, threshold, offset = scored_boxes(seed)
-        labels = torch.tensor(case.rng.integers(0, 3, len(boxes)))
-        sigma, least, score_threshold = case.choice(0.3, 0.5), case.choice(1e-3, 0.05, 0.3), case.choice(0, 0.3)
-        limit = case.choice(-1, 3)
-        found = []
-        for module in (stand_in, in_use):
-            with operators(module):
-                calls = [mmcv.ops.nms(boxes, scores, threshold, offset, score_threshold, limit)]
-                calls += [
-                    mmcv.ops.soft_nms(boxes, scores, threshold, sigma, least, method, offset)
-                    for method in ("naive", "linear", "gaussian")
-                ]
-                if len(boxes):
-                    for split in (10000, 5):
-                        settings = dict(type="nms", iou_threshold=threshold, split_thr=split, max_num=limit)
-                        calls.append(mmcv.ops.batched_nms(boxes, scores, labels, settings))
-                    soft = dict(type="soft_nms", iou_threshold=threshold, min_score=least)
-                    calls.append(mmcv.ops.batched_nms(boxes, scores, labels, soft))
-                matches = mmcv.ops.nms_match(torch.cat([boxes, scores[:, None]], 1), threshold)
-            found.append((calls, [match.tolist() for match in matches]))
-        for (got, kept), (expected, expected_kept) in zip(*(calls for calls, _ in found), strict=True):
-            assert torch.equal(kept, expected_kept), seed
-            assert torch.equal(got.isnan(), expected.isnan())  # scores by the IoU of boxes without area
-            assert_same([got.nan_to_num()], [expected.nan_to_num()], 1e-5)
-        assert found[0][1] == found[1][1], seed
-
-
-def test_nms_match_groups_all_boxes():
-    for seed in range(ROUNDS):
-        _, boxes, scores, threshold, _ = scored_boxes(seed)
-        # its comparison includes the threshold itself: the loops exclude it, so the next smaller number is passed
-        below = np.nextafter(np.float32(threshold), np.float32(0))
-        expected = mmcv_loops.nms(boxes.numpy(), scores.sort(0, descending=True)[1].tolist(), below, 0)
-        with operators(stand_in):
-            got = mmcv.ops.nms_match(torch.cat([boxes, scores[:, None]], 1), threshold)
-        assert [group.tolist() for group in got] == expected
-
-
-@pytest.mark.parametrize("aligned", [False, True])
-def test_bbox_overlaps(aligned):
-    for seed in range(ROUNDS):
-        case = Case(seed)
-        count = 0 if case.empty else case.integer(1, 8)
-        first, second = case.boxes(count), case.boxes(count if aligned else case.integer(1, 8))
-        mode, offset = case.choice("iou", "iof"), 1  # no area is 0
-        with operators(stand_in):
-            got = mmcv.ops.bbox_overlaps(first, second, mode, aligned, offset)
-        expected = torch.zeros(got.shape)
-        for index in np.ndindex(*got.shape):
-            a, b = first[index[0]].double(), second[index[-1]].double()
-            sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2]) + offset).clamp(min=0)
-            areas = [((box[2:] - box[:2]) + offset).prod() for box in (a, b)]
-            whole = areas[0] if mode == "iof" else areas[0] + areas[1] - sides.prod()
-            expected[index] = sides.prod() / whole
-        assert_same([got], [expected], 1e-5)
 
 
 # ---- layers

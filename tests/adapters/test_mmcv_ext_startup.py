@@ -21,7 +21,7 @@ REPORT = "import mmcv._ext; print('stand-in', hasattr(mmcv._ext, 'STAND_IN'))"
 
 def python(*arguments, code=0, cwd=None):
     run = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
-    assert run.returncode == code, run.stdout + run.stderr
+    assert run.returncode == code, (run.stdout + run.stderr)[-3000:]
     return run.stdout + run.stderr
 
 
@@ -111,6 +111,7 @@ def test_packaged_training_script(tmp_path, framework, demo):
     script = Path(package.__file__).parent / ".mim" / "tools" / "train.py"
     config = ROOT / "configs" / "demo" / f"{demo}_dinat_shapes.py"
     options = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1", "train_dataloader.batch_size=2"]
+    options += ["optim_wrapper.optimizer.fused=False"]  # which torch 2.3 has on CUDA only
     log = python(script, config, "--work-dir", tmp_path / "run", "--cfg-options", *options, cwd=tmp_path)
     assert log.count("mmcv's operators: ") == 1
     assert "Epoch(val)" in log and (tmp_path / "run" / "epoch_1.pth").is_file()
