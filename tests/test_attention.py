@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dinat_backbones import NeighborhoodAttention2D
 from dinat_backbones.ops.backends import reference
-from helpers import EVERYWHERE
+from helpers import EVERYWHERE, assert_near
 
 
 def module(dim=16, heads=2, kernel_size=7, dilation=1, **kwargs):
@@ -119,3 +120,14 @@ def test_autocast_keeps_gradients_finite():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NeighborhoodAttention2D(**(dict(dim=16, num_heads=2, kernel_size=7) | arguments))
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_activation_checkpointing(backend):
+    """The same gradients, whatever computes them."""
+    module = NeighborhoodAttention2D(8, 2, 3, 2, backend=backend)
+    x = torch.randn(1, 7, 9, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    inputs = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x).square().sum(), inputs)
+    got = torch.autograd.grad(checkpoint(module, x, use_reentrant=False).square().sum(), inputs)
+    assert_near(got, expected, 1e-5)

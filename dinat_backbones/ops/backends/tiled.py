@@ -159,8 +159,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, bias = ctx.saved_tensors[:4]
-        tiling = _Tiling(*ctx.saved_tensors[4:], *ctx.sizes)
+        query, key, value, bias, *indices = ctx.saved_tensors  # read once: checkpointing computes them anew each time
+        tiling = _Tiling(*indices, *ctx.sizes)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_gradients(grad_out, query, key, value, bias, tiling)
         else:
