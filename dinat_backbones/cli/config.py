@@ -10,6 +10,7 @@ and needs nothing but its `custom_imports`; what differs from CONFIG is printed.
 
 import argparse
 import atexit
+import os
 import shutil
 import sys
 import tempfile
@@ -76,7 +77,8 @@ def with_backbone_written(args: argparse.Namespace, config: str) -> str:
     if args.backbone is None:
         return str(resolve_config(config))
     swapped, changed = swap_backbone(args, config)
-    print("\n".join(changed))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(changed))
     folder = Path(tempfile.mkdtemp(prefix="dinat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # the scripts of the frameworks name the work folder after the file
