@@ -1,6 +1,7 @@
 """The classifiers against the original code's logits (golden arrays), published names, and full attention by a loop."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -429,10 +430,14 @@ def test_published_weights_without_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("dinat_backbones.checkpoint.download.urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match=r"imagenet1k/dinat_mini_in1k_224.pth \(no network\).*put it at"):
+    with pytest.raises(
+        FileNotFoundError, match=r"imagenet1k/dinat_mini_in1k_224.pth \(no network\).*put it at"
+    ) as said:
         create_classifier("dinat_mini", pretrained=True)
+    path = Path(str(said.value).partition("put it at ")[2])
+    assert tmp_path in path.parents
     model = fill_by_name(create_classifier("dinat_mini"))  # put there by hand, it is found
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    torch.save(model.state_dict(), tmp_path / "checkpoints" / "dinat_mini_in1k_224.pth")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
     loaded = create_classifier("dinat_mini", pretrained=True)
     assert torch.equal(loaded.head.weight, model.head.weight)

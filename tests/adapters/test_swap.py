@@ -82,7 +82,7 @@ def test_a_detector_reads_the_stages_with_the_strides_it_read():
     assert (backbone.type, backbone.arch, backbone.dilations) == ("DiNAT", "dinat_mini", "coco")
     assert backbone.out_indices == [1, 2, 3]  # FPN began at level 1 of four
     assert (cfg.model.neck.in_channels, cfg.model.neck.start_level) == ([128, 256, 512], 0)
-    assert backbone.init_cfg.checkpoint == zoo.PRETRAINED["dinat_mini"]
+    assert backbone.init_cfg.checkpoint == "dinat_mini"
     assert cfg.custom_imports.imports == ["dinat_backbones.adapters.openmmlab"]
 
 

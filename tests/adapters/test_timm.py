@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,21 +123,21 @@ def test_weights_from_a_file(tmp_path, monkeypatch):
 
 
 def test_published_weights_come_through_our_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    file = tmp_path / "checkpoints" / "dinat_mini_in1k_224.pth"
-    state = fill_by_name(create_classifier("dinat_mini")).state_dict()
-    torch.save(state, file)
-    model = timm.create_model("dinat_mini", pretrained=True)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    file.unlink()
+    """A file put where the message says is found."""
 
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("dinat_backbones.checkpoint.download.urlopen", no_network)
-    with pytest.raises(FileNotFoundError, match=r"dinat_mini_in1k_224.pth \(no network\).*put it at"):
+    with pytest.raises(FileNotFoundError, match=r"dinat_mini_in1k_224.pth \(no network\).*put it at") as said:
         timm.create_model("dinat_mini", pretrained=True)
+    file = Path(str(said.value).partition("put it at ")[2])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = fill_by_name(create_classifier("dinat_mini")).state_dict()
+    torch.save(state, file)
+    model = timm.create_model("dinat_mini", pretrained=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MADE)

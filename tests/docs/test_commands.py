@@ -208,7 +208,7 @@ def test_command_is_understood(text, results):
         status, output = results[text]
         assert status == 0, output[-3000:]
     files = [word for word in stand_ins(ALL[text]) if word.endswith((".py", ".yaml")) and word != "config.py"]
-    assert [file for file in files if not (ROOT / file).is_file()] == []
+    assert [file for file in files if "::" not in file and not (ROOT / file).is_file()] == []
     if ALL[text].words[0] == "dinat":
         assert ALL[text].words[1] in cli.COMMANDS
 

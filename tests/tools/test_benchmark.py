@@ -8,8 +8,10 @@ import pytest
 pytest.importorskip("torchvision", reason="torchvision is missing; the benchmark compares with its Swin-T")
 import benchmark
 
+from dinat_backbones.ops import BACKENDS
+
 try:
-    benchmark.cpu.instruction_set()
+    BACKENDS["cpu"].instruction_set()
 except RuntimeError as error:
     pytest.skip(f"{error}; the benchmark measures it", allow_module_level=True)
 
@@ -33,8 +35,8 @@ def test_report(tmp_path, capsys):
 
 
 def test_failed_parity_stops(tmp_path, monkeypatch, capsys):
-    right = benchmark.cpu.attention
-    monkeypatch.setattr(benchmark.cpu, "attention", lambda *arguments: right(*arguments) + 1e-2)
+    right = BACKENDS["cpu"].attention
+    monkeypatch.setattr(BACKENDS["cpu"], "attention", lambda *arguments: right(*arguments) + 1e-2)
     with pytest.raises(SystemExit, match=r"op cpu, d=1, against reference: result 0 is off by .*; nothing was timed"):
         run(tmp_path / "report.json", "op")
     assert not any(tmp_path.iterdir()) and "what" not in capsys.readouterr().out

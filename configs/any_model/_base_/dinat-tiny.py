@@ -1,9 +1,7 @@
 # DiNAT-Tiny as the published detectors and segmentors have it, and how they were trained: AdamW without decay on rpb
 # and norms.
 custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"], allow_failed_imports=False)
-imagenet = dict(
-    type="Pretrained", checkpoint="https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth"
-)
+imagenet = dict(type="Pretrained", checkpoint="dinat_tiny")
 dinat_tiny_coco = dict(type="DiNAT", arch="dinat_tiny", dilations="coco", drop_path_rate=0.2, init_cfg=imagenet)
 dinat_tiny_ade20k = dict(type="DiNAT", arch="dinat_tiny", dilations="ade20k-512", drop_path_rate=0.3, init_cfg=imagenet)
 adamw_coco = dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05)
