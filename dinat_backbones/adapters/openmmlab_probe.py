@@ -89,7 +89,7 @@ def neck_maps(cfg: Any, inputs: Sequence[FeatureMap]) -> tuple[list[FeatureMap],
     if any(t.dim() != 4 for t in tensors):  # pooled: a vector per image
         return [FeatureMap(t.shape[1], 0) for t in tensors], read
     if any(0 in t.shape for t in tensors):
-        raise SwapError(f"neck {type_name(neck)} gives empty maps")
+        raise SwapError(f"neck {name} gives empty maps")
     return [FeatureMap(t.shape[1], max(1, round(IMAGE_SIZE / t.shape[3]))) for t in tensors], read
 
 
