@@ -42,7 +42,7 @@ def with_mini(model):
     """The model's config with DiNAT-Mini in place of its own backbone."""
     indices = (1, 2, 3) if model.backbone.type == "CSPNeXt" else model.backbone.out_indices
     channels = [CHANNELS[index] for index in indices]
-    model.backbone = dict(type="DiNAT", arch="dinat_mini", out_indices=indices)
+    model.backbone = dict(type="DiNAT", arch="dinat_mini", dilations="coco", out_indices=indices)
     model.data_preprocessor.pop("batch_augments", None)  # which fills images up to 1024 x 1024
     if "rpn_proposal" in model.get("train_cfg", ()):  # fewer regions
         model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 50
