@@ -25,7 +25,7 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 
-from dinat_backbones.adapters.openmmlab_swap import SwapError, find_model, with_backbone
+from dinat_backbones.adapters.openmmlab.swap import SwapError, find_model, with_backbone
 
 SIZE = 128
 # Numbers of a config that cost time and depend on no backbone, and the largest value of each.

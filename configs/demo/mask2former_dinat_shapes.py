@@ -51,32 +51,20 @@ test_pipeline = [
     dict(type="LoadPanopticAnnotations"),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(
-    batch_size=8,
-    **_base_.loading,
-    dataset=dict(
-        **dataset,
-        ann_file="annotations/panoptic_train.json",
-        data_prefix=dict(img="train/", seg="annotations/panoptic_train/"),
-        pipeline=train_pipeline,
-    ),
+train_files = dict(
+    ann_file="annotations/panoptic_train.json", data_prefix=dict(img="train/", seg="annotations/panoptic_train/")
 )
-val_dataloader = dict(
-    batch_size=1,
-    **_base_.loading,
-    dataset=dict(
-        **dataset,
-        ann_file="annotations/panoptic_val.json",
-        data_prefix=dict(img="val/", seg="annotations/panoptic_val/"),
-        pipeline=test_pipeline,
-    ),
+val_files = dict(
+    ann_file="annotations/panoptic_val.json", data_prefix=dict(img="val/", seg="annotations/panoptic_val/")
 )
+train_dataloader = dict(batch_size=8, **_base_.loading, dataset=dict(**dataset, **train_files, pipeline=train_pipeline))
+val_dataloader = dict(batch_size=1, **_base_.loading, dataset=dict(**dataset, **val_files, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(
     _delete_=True,
     type="CocoPanopticMetric",
-    ann_file=data_root + "annotations/panoptic_val.json",
-    seg_prefix=data_root + "annotations/panoptic_val/",
+    ann_file=data_root + val_files["ann_file"],
+    seg_prefix=data_root + val_files["data_prefix"]["seg"],
 )
 test_evaluator = val_evaluator
 

@@ -57,7 +57,7 @@ def swap_backbone(args: argparse.Namespace, config: str) -> tuple[Any, list[str]
         SystemExit: the config does not exist, or its model is tied to its backbone.
     """
     cfg = load_config(config, import_custom_modules=False)
-    from ..adapters.openmmlab_swap import changes, with_backbone
+    from ..adapters.openmmlab.swap import changes, with_backbone
 
     try:
         swapped = with_backbone(

@@ -1,4 +1,4 @@
-"""adapters/openmmlab.py through the registries of mmengine, mmdet and mmseg; the tools in front of their scripts."""
+"""adapters/openmmlab/ through the registries of mmengine, mmdet and mmseg; the tools in front of their scripts."""
 
 import importlib
 import logging

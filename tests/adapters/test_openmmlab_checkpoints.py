@@ -95,7 +95,7 @@ def test_a_file_with_code_is_refused(tmp_path, resume):
 def test_addresses_and_missing_files(tmp_path, monkeypatch):
     """An address goes to the reader, too."""
     asked = []
-    monkeypatch.setattr("dinat_backbones.adapters.openmmlab_checkpoints.read", lambda name: asked.append(name) or {})
+    monkeypatch.setattr("dinat_backbones.adapters.openmmlab.checkpoints.read", lambda name: asked.append(name) or {})
     for name in ("https://example.org/a.pth", "http://example.org/a.pth", str(tmp_path / "a.pth")):
         CheckpointLoader.load_checkpoint(name, "cpu")
         assert asked.pop() == name

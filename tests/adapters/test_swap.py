@@ -1,4 +1,4 @@
-"""adapters/openmmlab_swap.py: what `with_backbone` changes in packaged configs, what it refuses, `dinat config`."""
+"""adapters/openmmlab/swap.py: what `with_backbone` changes in packaged configs, what it refuses, `dinat config`."""
 
 import copy
 import subprocess
@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 
-from dinat_backbones.adapters.openmmlab_swap import SwapError, changes, with_backbone
+from dinat_backbones.adapters.openmmlab.swap import SwapError, changes, with_backbone
 from dinat_backbones.cli.common import resolve_config
 
 READY = ROOT / "configs" / "any_model"

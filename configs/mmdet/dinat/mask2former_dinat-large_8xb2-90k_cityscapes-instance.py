@@ -9,32 +9,20 @@ model = dict(
 )
 
 data_root = "data/cityscapes/"
+annotations = "annotations/instancesonly_filtered_gtFine_{}.json"
 train_pipeline = _base_.train_pipeline
 train_pipeline[2].scales = [(4096, int(1024 * tenths * 0.1)) for tenths in range(5, 21)]
 train_pipeline[3].crop_size = crop_size
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = (2048, 1024)
-train_dataloader = dict(
-    dataset=dict(
-        type="CityscapesDataset",
-        data_root=data_root,
-        ann_file="annotations/instancesonly_filtered_gtFine_train.json",
-        data_prefix=dict(img="leftImg8bit/train/"),
-        pipeline=train_pipeline,
-    )
-)
-val_dataloader = dict(
-    dataset=dict(
-        type="CityscapesDataset",
-        data_root=data_root,
-        ann_file="annotations/instancesonly_filtered_gtFine_val.json",
-        data_prefix=dict(img="leftImg8bit/val/"),
-        pipeline=test_pipeline,
-    )
-)
+cityscapes = dict(type="CityscapesDataset", data_root=data_root)
+train_files = dict(ann_file=annotations.format("train"), data_prefix=dict(img="leftImg8bit/train/"))
+val_files = dict(ann_file=annotations.format("val"), data_prefix=dict(img="leftImg8bit/val/"))
+train_dataloader = dict(dataset=dict(**cityscapes, **train_files, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(**cityscapes, **val_files, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 # AP over thresholds and classes as Cityscapes defines it is CityScapesMetric's; COCO's needs no extra package
-val_evaluator = dict(ann_file=data_root + "annotations/instancesonly_filtered_gtFine_val.json")
+val_evaluator = dict(ann_file=data_root + annotations.format("val"))
 test_evaluator = val_evaluator
 
 param_scheduler = dict(end=90_000)

@@ -45,8 +45,20 @@ def _query_range(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
-    """What this program works on: batch, head, dilation group, its size, first row and column of the tile.
+def _steps(dilation, row, column, WIDE: tl.constexpr):
+    """Distance in memory of neighbors of a dilation group, from that of rows and columns of the map."""
+    if WIDE:  # offsets inside one image need 64 bit; those of images always have them
+        return dilation.to(tl.int64) * row, dilation.to(tl.int64) * column
+    return dilation * row, dilation * column
+
+
+@triton.jit
+def _tile(
+    stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What this program works on: the head; rows and columns of the dilation group, and the first ones of the tile; and
+    where the group begins in query, key and value, and in an array [B, H, W, heads], 64 bit.
 
     Heads run fastest, because they are neighbors in memory, then tiles of one group, which share keys.
     """
@@ -62,24 +74,20 @@ def _locate(height, width, heads, dilation, TILE_ROWS: tl.constexpr, TILE_COLUMN
     group_column = rest % dilation
     rest = rest // dilation
     group_row = rest % dilation
-    batch = rest // dilation
+    batch = (rest // dilation).to(tl.int64)
     rows = tl.cdiv(height - group_row, dilation)
     columns = tl.cdiv(width - group_column, dilation)
-    return batch, head, group_row, group_column, rows, columns, first_row, first_column
+    start = batch * stride_batch + head.to(tl.int64) * stride_head
+    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
+    pixel = ((batch * height + group_row) * width + group_column) * heads + head
+    return head, rows, columns, first_row, first_column, start, pixel
 
 
 @triton.jit
-def _steps(dilation, row, column, WIDE: tl.constexpr):
-    """Distance in memory of neighbors of a dilation group, from that of rows and columns of the map."""
-    if WIDE:  # offsets inside one image need 64 bit; those of images always have them
-        return dilation.to(tl.int64) * row, dilation.to(tl.int64) * column
-    return dilation * row, dilation * column
-
-
-@triton.jit
-def _first_pixel(batch, head, group_row, group_column, height, width, heads):
-    """Index of the first position of a dilation group in the flattened [B, H, W, heads]; 64 bit."""
-    return ((batch.to(tl.int64) * height + group_row) * width + group_column) * heads + head
+def _positions(first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of each of ROWS x COLUMNS positions."""
+    slot = tl.arange(0, ROWS * COLUMNS)
+    return first_row + slot // COLUMNS, first_column + slot % COLUMNS
 
 
 @triton.jit
@@ -109,72 +117,57 @@ def _outside(distance, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _table(rpb, head, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr):
-    """The bias table of a head, in registers: [BLOCK_TABLE], flat, float32."""
+def _table(rpb, head, HAS_RPB: tl.constexpr, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr):
+    """The bias table of a head, in registers: [BLOCK_TABLE], flat, float32; zeros where there is no bias."""
     SIZE: tl.constexpr = (2 * KERNEL - 1) * (2 * KERNEL - 1)
-    entry = tl.arange(0, BLOCK_TABLE)
-    return tl.load(rpb + head * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
+    if HAS_RPB:
+        entry = tl.arange(0, BLOCK_TABLE)
+        return tl.load(rpb + head * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros([BLOCK_TABLE], tl.float32)
 
 
 @triton.jit
-def _bias(table, keys, queries, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr):
-    """Entries of the table for pairs of key and query, row * SPAN + column each; anything for pairs too far apart."""
-    index = (keys - queries + (KERNEL - 1) * 2 * KERNEL) & (BLOCK_TABLE - 1)
-    return tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
+def _logits(
+    left, right, outside_columns, k_row, k_column, q_row, q_column, q_row_start, table, scale,
+    HAS_RPB: tl.constexpr, KERNEL: tl.constexpr, BLOCK_TABLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Biased logits of a tile against a block, -inf outside of the windows. Queries on the left have positions [n, 1]
+    and keys on the right [1, m], or the other way round."""
+    logits = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale + outside_columns
+    logits += _outside(k_row - q_row_start, KERNEL)
+    if HAS_RPB:
+        SPAN: tl.constexpr = 2 * KERNEL - 1
+        distance = (k_row * SPAN + k_column) - (q_row * SPAN + q_column)
+        index = (distance + (KERNEL - 1) * 2 * KERNEL) & (BLOCK_TABLE - 1)  # anything for pairs too far apart
+        logits += tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
+    return logits
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    query,
-    key,
-    value,
-    rpb,
-    out,
-    lse,
-    stride_batch,
-    stride_row,
-    stride_column,
-    stride_head,
-    height,
-    width,
-    heads,
-    dilation,
-    scale,
-    KERNEL: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    HAS_RPB: tl.constexpr,
-    BLOCK_TABLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    query, key, value, rpb, out, lse,
+    stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, scale,
+    KERNEL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, HAS_RPB: tl.constexpr, BLOCK_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """out [B, H, W, heads, DIM] and lse [B, H, W, heads], the base-2 logarithm of the softmax's denominator."""
-    SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
-        height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
+    head, rows, columns, first_row, first_column, start, first_pixel = _tile(
+        stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
-    start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
-    slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
-    q_row, q_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
+    q_row, q_column = _positions(first_row, first_column, TILE_ROWS, TILE_COLUMNS)
     q_inside = (q_row < rows) & (q_column < columns)
     q_row_start = _window_start(q_row, rows, KERNEL)
     q_column_start = _window_start(q_column, columns, KERNEL)
     q = _load(query, q_row * row_step + q_column * column_step, q_inside, DIM, BLOCK_DIM)
 
-    if HAS_RPB:
-        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
-    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    table = _table(rpb, head, HAS_RPB, KERNEL, BLOCK_TABLE)
+    block_row, block_column = _positions(0, 0, ROWS, COLUMNS)
     low_row, high_row = _key_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _key_range(first_column, columns, TILE_COLUMNS, KERNEL)
     # Finite, so that a block without a key of some query's window leaves that query's sums at zero and not at NaN
@@ -190,11 +183,10 @@ def forward_kernel(
             offsets = at_row * row_step
             k_inside = (k_row < high_row) & (k_column < high_column)
             k = _load(key + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + outside_columns
-            logits += _outside(k_row[None, :] - q_row_start[:, None], KERNEL)
-            if HAS_RPB:
-                keys = (k_row * SPAN + k_column)[None, :]
-                logits += _bias(table, keys, (q_row * SPAN + q_column)[:, None], KERNEL, BLOCK_TABLE)
+            logits = _logits(
+                q, k, outside_columns, k_row[None, :], k_column[None, :], q_row[:, None], q_column[:, None],
+                q_row_start[:, None], table, scale, HAS_RPB, KERNEL, BLOCK_TABLE, PRECISION,
+            )  # fmt: skip
             new_highest = tl.maximum(highest, tl.max(logits, 1))
             weights = tl.exp2(logits * LOG2E - (new_highest * LOG2E)[:, None])
             shrink = tl.exp2((highest - new_highest) * LOG2E)
@@ -211,57 +203,26 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    query,
-    key,
-    value,
-    rpb,
-    out,
-    lse,
-    grad_out,
-    grad_query,
-    grad_rpb,
-    delta,
-    stride_batch,
-    stride_row,
-    stride_column,
-    stride_head,
-    height,
-    width,
-    heads,
-    dilation,
-    scale,
-    KERNEL: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    HAS_RPB: tl.constexpr,
-    BLOCK_TABLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    BLOCK_SPAN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    query, key, value, rpb, out, lse, grad_out, grad_query, grad_rpb, delta,
+    stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, scale,
+    KERNEL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, HAS_RPB: tl.constexpr, BLOCK_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_SPAN: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """grad_query, delta = rowsum(grad_out * out) for the other kernel, and this tile's part of grad_rpb.
 
     grad_query is the first of three in [B, H, W, 3, heads, DIM]. grad_rpb is [heads, SPAN, SPAN], added to atomically,
     or with ATOMIC off [programs, SPAN, SPAN], to be summed up afterwards.
     """
     SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
-        height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
+    head, rows, columns, first_row, first_column, start, first_pixel = _tile(
+        stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
-    start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
-    slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
-    q_row, q_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
+    q_row, q_column = _positions(first_row, first_column, TILE_ROWS, TILE_COLUMNS)
     q_inside = (q_row < rows) & (q_column < columns)
     q_row_start = _window_start(q_row, rows, KERNEL)
     q_column_start = _window_start(q_column, columns, KERNEL)
@@ -273,10 +234,8 @@ def query_gradient_kernel(
     tl.store(delta + first_pixel + pixels, q_delta, mask=q_inside)
     q_lse = tl.load(lse + first_pixel + pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
 
-    if HAS_RPB:
-        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
-    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    table = _table(rpb, head, HAS_RPB, KERNEL, BLOCK_TABLE)
+    block_row, block_column = _positions(0, 0, ROWS, COLUMNS)
     low_row, high_row = _key_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _key_range(first_column, columns, TILE_COLUMNS, KERNEL)
     bins = tl.arange(0, BLOCK_SPAN)
@@ -297,11 +256,10 @@ def query_gradient_kernel(
             k_inside = (k_row < high_row) & (k_column < high_column)
             k = _load(key + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
             v = _load(value + offsets, block_offsets, k_inside, DIM, BLOCK_DIM)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + outside_columns
-            logits += _outside(k_row[None, :] - q_row_start[:, None], KERNEL)
-            if HAS_RPB:
-                keys = (k_row * SPAN + k_column)[None, :]
-                logits += _bias(table, keys, (q_row * SPAN + q_column)[:, None], KERNEL, BLOCK_TABLE)
+            logits = _logits(
+                q, k, outside_columns, k_row[None, :], k_column[None, :], q_row[:, None], q_column[:, None],
+                q_row_start[:, None], table, scale, HAS_RPB, KERNEL, BLOCK_TABLE, PRECISION,
+            )  # fmt: skip
             weights = tl.exp2(logits * LOG2E - q_lse[:, None])
             grad_weights = tl.dot(q_grad_out, tl.trans(v), input_precision=PRECISION)
             grad_logits = (weights * (grad_weights - q_delta[:, None])).to(k.dtype)
@@ -335,59 +293,28 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
-    query,
-    key,
-    value,
-    rpb,
-    lse,
-    grad_out,
-    delta,
-    grad_key,
-    grad_value,
-    stride_batch,
-    stride_row,
-    stride_column,
-    stride_head,
-    height,
-    width,
-    heads,
-    dilation,
-    scale,
-    KERNEL: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    HAS_RPB: tl.constexpr,
-    BLOCK_TABLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    query, key, value, rpb, lse, grad_out, delta, grad_key, grad_value,
+    stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, scale,
+    KERNEL: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, HAS_RPB: tl.constexpr, BLOCK_TABLE: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """grad_key and grad_value of a tile of keys, the second and third of three in [B, H, W, 3, heads, DIM]."""
-    SPAN: tl.constexpr = 2 * KERNEL - 1
-    batch, head, group_row, group_column, rows, columns, first_row, first_column = _locate(
-        height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
+    head, rows, columns, first_row, first_column, start, first_pixel = _tile(
+        stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
-    start = batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
-    start += group_row.to(tl.int64) * stride_row + group_column.to(tl.int64) * stride_column
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
-    first_pixel = _first_pixel(batch, head, group_row, group_column, height, width, heads)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
 
-    slot = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
-    k_row, k_column = first_row + slot // TILE_COLUMNS, first_column + slot % TILE_COLUMNS
+    k_row, k_column = _positions(first_row, first_column, TILE_ROWS, TILE_COLUMNS)
     k_inside = (k_row < rows) & (k_column < columns)
     offsets = k_row * row_step + k_column * column_step
     k = _load(key, offsets, k_inside, DIM, BLOCK_DIM)
     v = _load(value, offsets, k_inside, DIM, BLOCK_DIM)
 
-    if HAS_RPB:
-        table = _table(rpb, head, KERNEL, BLOCK_TABLE)
-    block_row = tl.arange(0, ROWS * COLUMNS) // COLUMNS
-    block_column = tl.arange(0, ROWS * COLUMNS) % COLUMNS
+    table = _table(rpb, head, HAS_RPB, KERNEL, BLOCK_TABLE)
+    block_row, block_column = _positions(0, 0, ROWS, COLUMNS)
     low_row, high_row = _query_range(first_row, rows, TILE_ROWS, KERNEL)
     low_column, high_column = _query_range(first_column, columns, TILE_COLUMNS, KERNEL)
     k_result = tl.zeros([TILE_ROWS * TILE_COLUMNS, BLOCK_DIM], tl.float32)
@@ -406,12 +333,11 @@ def key_gradient_kernel(
             q_grad_out = _load(grad_out + pixel * DIM, block_pixels * DIM, q_inside, DIM, BLOCK_DIM)
             q_lse = tl.load(lse + pixel + block_pixels, mask=q_inside, other=float("inf"))  # weights of no query: zero
             q_delta = tl.load(delta + pixel + block_pixels, mask=q_inside, other=0.0)
-            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale + outside_columns  # [keys, queries]
             q_row_start = _window_start(q_row, rows, KERNEL)
-            logits += _outside(k_row[:, None] - q_row_start[None, :], KERNEL)
-            if HAS_RPB:
-                keys = (k_row * SPAN + k_column)[:, None]
-                logits += _bias(table, keys, (q_row * SPAN + q_column)[None, :], KERNEL, BLOCK_TABLE)
+            logits = _logits(  # [keys, queries]
+                k, q, outside_columns, k_row[:, None], k_column[:, None], q_row[None, :], q_column[None, :],
+                q_row_start[None, :], table, scale, HAS_RPB, KERNEL, BLOCK_TABLE, PRECISION,
+            )  # fmt: skip
             weights = tl.exp2(logits * LOG2E - q_lse[None, :])
             v_result = tl.dot(weights.to(q.dtype), q_grad_out, v_result, input_precision=PRECISION)
             grad_weights = tl.dot(v, tl.trans(q_grad_out), input_precision=PRECISION)

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from .. import zoo
+from ... import zoo
 
 # Parameters without weight decay, by parts of their names that are longer than "backbone", which is a key of many
 # configs: of several keys in a name the longest decides.

@@ -8,7 +8,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-from ..checkpoint import Inert, read
+from ...checkpoint import Inert, read
 
 
 def load(filename: str, map_location: Any = None) -> dict[str, Any]:

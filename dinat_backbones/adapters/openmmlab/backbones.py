@@ -1,37 +1,14 @@
-"""NAT, DiNAT and DiNAT_s for OpenMMLab: mmdetection, mmsegmentation, mmpretrain and whatever else builds on mmengine.
-
-    custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"])
-    model = dict(backbone=dict(type="DiNAT", arch="dinat_mini", dilations="coco"))
-
-The names go into mmengine's root registry, where every framework's own registry looks last.
-"""
+"""The backbones in mmengine's registry, with `init_cfg` and `pretrained`."""
 
 from typing import Any
 
-import torch
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import PretrainedInit
+from mmengine.registry import MODELS
 
-try:
-    from mmengine.dist import get_rank
-    from mmengine.hooks import Hook
-    from mmengine.logging import MMLogger
-    from mmengine.model import BaseModule
-    from mmengine.model.weight_init import PretrainedInit
-    from mmengine.registry import FUNCTIONS, HOOKS, MODELS
-except ModuleNotFoundError as error:
-    if (error.name or "").split(".")[0] != "mmengine":
-        raise
-    raise ModuleNotFoundError(
-        'dinat_backbones.adapters.openmmlab needs mmengine: pip install "dinat_backbones[openmmlab]"', name="mmengine"
-    ) from error
-
-from .. import backbone, zoo
-from ..checkpoint import load_backbone
-from ..layers import Block
-from . import mmcv_ext, openmmlab_checkpoints
-from .seeding import seed_everything
-
-mmcv_ext.install()
-openmmlab_checkpoints.register()
+from ... import backbone, zoo
+from ...checkpoint import load_backbone
 
 
 class CheckpointInitMixin:
@@ -103,35 +80,3 @@ class DiNAT(CheckpointInitMixin, backbone.DiNAT, BaseModule):
 @MODELS.register_module(force=True)
 class DiNAT_s(CheckpointInitMixin, backbone.DiNAT_s, BaseModule):
     """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""
-
-
-@HOOKS.register_module(force=True)
-class SeedStepsHook(Hook):
-    """Makes the random choices of a training step depend on nothing but the run's seed, the rank and the step's number,
-    so that a run that was killed and resumed ends with the weights of one that never stopped.
-
-        custom_hooks = [dict(type="SeedStepsHook")]
-        randomness = dict(seed=0)
-
-    mmengine saves no states of random generators. For data this is exact where the training process reads it
-    (``num_workers=0``), and with workers that start anew each epoch (``persistent_workers=False``) when the checkpoint
-    is from the end of an epoch.
-    """
-
-    def before_train_epoch(self, runner: Any) -> None:  # and once before a run without epochs
-        self._seed(runner, 2 * runner.iter)
-
-    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        self._seed(runner, 2 * runner.iter + 1)
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._seed(runner, 2 * (runner.iter + 1))  # for reading the next batch
-
-    def _seed(self, runner: Any, step: int) -> None:
-        seed_everything(runner.seed, get_rank(), step)
-
-
-@FUNCTIONS.register_module(force=True)
-def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """`auto_wrap_policy` for FSDP: every transformer block of a backbone is gathered and freed by itself."""
-    return recurse or isinstance(module, Block)
