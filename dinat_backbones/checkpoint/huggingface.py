@@ -5,7 +5,8 @@
 
 The names are those of `DinatBackbone` and, without the prefix `dinat.` or `nat.` of a classifier (see `split_prefix`),
 those of `DinatForImageClassification`. Only two things differ by more than a name: the three projections of an
-attention are one tensor here and three there, and the two layer scales are two vectors here and one matrix there.
+attention are one tensor in the published files and three in transformers', and the two layer scales are two vectors in
+the published files and one matrix in transformers'.
 """
 
 import os
@@ -25,16 +26,16 @@ _BLOCK = {
     "mlp.fc2": "output.dense",
     "gamma": "layer_scale_parameters",
 }
-_ELSEWHERE = {
+_OUTSIDE_BLOCKS = {
     "patch_embed.proj.0": "embeddings.patch_embeddings.projection.0",
     "patch_embed.proj.1": "embeddings.patch_embeddings.projection.1",
     "patch_embed.norm": "embeddings.norm",
     "norm": "layernorm",
     "head": "classifier",
 }
-_OURS_BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.(.+?)(\.weight|\.bias|(?<=gamma)[12])?")
-_THEIRS_BLOCK = re.compile(r"encoder\.levels\.(\d+)\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
-_FIRST = "embeddings.patch_embeddings.projection.0.weight"
+_PUBLISHED_BLOCK = re.compile(r"levels\.(\d+)\.blocks\.(\d+)\.(.+?)(\.weight|\.bias|(?<=gamma)[12])?")
+_HUGGINGFACE_BLOCK = re.compile(r"encoder\.levels\.(\d+)\.layers\.(\d+)\.(.+?)(\.weight|\.bias)?")
+_FIRST_CONVOLUTION = "embeddings.patch_embeddings.projection.0.weight"
 _QKV = ("query", "key", "value")
 _GAMMA = ("1", "2")
 
@@ -45,7 +46,7 @@ Step = tuple[tuple[str, ...], dict[str, Tensor]]
 def find_prefix(state: Mapping[str, Tensor]) -> str | None:
     """What stands before the backbone's names in a file of transformers ("", "dinat.", "nat.", for a segmentation model
     "model.pixel_level_module.encoder."), None if there is no such backbone in it."""
-    found = (key.removesuffix(_FIRST) for key in state if key.endswith(_FIRST))
+    found = (key.removesuffix(_FIRST_CONVOLUTION) for key in state if key.endswith(_FIRST_CONVOLUTION))
     return next((prefix for prefix in found if prefix == "" or prefix.endswith(".")), None)
 
 
@@ -59,7 +60,9 @@ def split_prefix(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     """
     prefix = find_prefix(state)
     if prefix is None:
-        raise ValueError(f"expected a NAT or DiNAT of transformers with {_FIRST}; got {', '.join(list(state)[:4])}")
+        raise ValueError(
+            f"expected a NAT or DiNAT of transformers with {_FIRST_CONVOLUTION}; got {', '.join(list(state)[:4])}"
+        )
     backbone, others = {}, {}
     for key, tensor in state.items():
         name = key.removeprefix(prefix)
@@ -102,7 +105,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def steps_to_huggingface(state: Mapping[str, Tensor]) -> Iterator[Step]:
     """`to_huggingface`, one step for each name or group of names that become others together."""
     for name, tensor in state.items():
-        target = _their_name(name)
+        target = _huggingface_name(name)
         if "{}" in target:
             if tensor.shape[0] % 3:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}; expected query, key and value in equal parts")
@@ -119,7 +122,7 @@ def steps_to_huggingface(state: Mapping[str, Tensor]) -> Iterator[Step]:
 def steps_from_huggingface(state: Mapping[str, Tensor]) -> Iterator[Step]:
     """`from_huggingface`, one step for each name or group of names that become others together."""
     for name, tensor in state.items():
-        target, part = _our_name(name)
+        target, part = _published_name(name)
         if part:
             names = tuple(name.replace(f".{part}.", f".{other}.") for other in _QKV)
             if name == next(key for key in state if key in names):
@@ -150,8 +153,8 @@ def _together(state: Mapping[str, Tensor], names: tuple[str, ...]) -> list[Tenso
     return [state[name] for name in names]
 
 
-def _their_name(name: str) -> str:
-    if (block := _OURS_BLOCK.fullmatch(name)) and block[3] in _BLOCK:
+def _huggingface_name(name: str) -> str:
+    if (block := _PUBLISHED_BLOCK.fullmatch(name)) and block[3] in _BLOCK:
         suffix = "" if block[3] == "gamma" else block[4] or ""
         return f"encoder.levels.{block[1]}.layers.{block[2]}.{_BLOCK[block[3]]}{suffix}"
     if norm := re.fullmatch(r"norm(\d+)\.(.+)", name):
@@ -159,24 +162,24 @@ def _their_name(name: str) -> str:
     if re.fullmatch(r"levels\.\d+\.downsample\..+", name):
         return f"encoder.{name}"
     module, _, parameter = name.rpartition(".")
-    if module in _ELSEWHERE:
-        return f"{_ELSEWHERE[module]}.{parameter}"
+    if module in _OUTSIDE_BLOCKS:
+        return f"{_OUTSIDE_BLOCKS[module]}.{parameter}"
     raise ValueError(f"{name} has no name in transformers, which knows NAT and DiNAT alone")
 
 
-def _our_name(name: str) -> tuple[str, str]:
-    """And which of query, key and value it is."""
-    if block := _THEIRS_BLOCK.fullmatch(name):
+def _published_name(name: str) -> tuple[str, str]:
+    """The published name, and which of query, key and value it is; "" for other tensors."""
+    if block := _HUGGINGFACE_BLOCK.fullmatch(name):
         part = next((part for part in _QKV if block[3] == f"attention.self.{part}"), "")
-        ours = "attn.qkv" if part else next((ours for ours, theirs in _BLOCK.items() if theirs == block[3]), "")
-        if ours:
-            return f"levels.{block[1]}.blocks.{block[2]}.{ours}{block[4] or ''}", part
+        published = "attn.qkv" if part else next((name for name, other in _BLOCK.items() if other == block[3]), "")
+        if published:
+            return f"levels.{block[1]}.blocks.{block[2]}.{published}{block[4] or ''}", part
     if norm := re.fullmatch(r"hidden_states_norms\.stage(\d+)\.(.+)", name):
         return f"norm{int(norm[1]) - 1}.{norm[2]}", ""
     if re.fullmatch(r"encoder\.levels\.\d+\.downsample\..+", name):
         return name.removeprefix("encoder."), ""
     module, _, parameter = name.rpartition(".")
-    ours = next((ours for ours, theirs in _ELSEWHERE.items() if theirs == module), "")
-    if ours:
-        return f"{ours}.{parameter}", ""
+    published = next((name for name, other in _OUTSIDE_BLOCKS.items() if other == module), "")
+    if published:
+        return f"{published}.{parameter}", ""
     raise ValueError(f"{name} has no place in a published NAT or DiNAT")

@@ -22,7 +22,7 @@ from . import huggingface, mask2former_layouts
 from .loading import EMA_WRAPPERS, WRAPPERS, ema_wrapper, resize_all_rpb, tensors
 
 _CLASSIFIER = ("norm.", "head.")
-_PYRAMID = "backbone.bottom_up."  # where detectron2 has a backbone with a feature pyramid
+_FPN_BACKBONE = "backbone.bottom_up."  # where detectron2 has a backbone with a feature pyramid
 # the modules of mmdet's and mmseg's models
 _OPENMMLAB = re.compile(
     r"(backbone|neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|semantic_head|decode_head|auxiliary_head)\."
@@ -103,7 +103,7 @@ def convert(
     changes = []
     unused = dict.fromkeys(state)
     prepared = {name: resized.get(name, tensor) for name, (_, tensor) in common.items()}
-    steps = _from_common(prepared, mask2former_layouts.home(state), to, things)
+    steps = _from_common(prepared, mask2former_layouts.find_layout(state), to, things)
     for names, targets in steps:
         sources = tuple(dict.fromkeys(source for name in names for source in common[name][0]))
         new |= targets
@@ -122,8 +122,8 @@ def _to_common(
     state: Mapping[str, Tensor], to: str, things: Sequence[int] | None
 ) -> dict[str, tuple[tuple[str, ...], Tensor]]:
     """By name in the common form: the names in the file and the tensor."""
-    if home := mask2former_layouts.home(state):
-        steps = mask2former_layouts.to_common(state, home, things)
+    if source := mask2former_layouts.find_layout(state):
+        steps = mask2former_layouts.to_common(state, source, things)
         return {name: (sources, tensor) for sources, targets in steps for name, tensor in targets.items()}
     prefix = huggingface.find_prefix(state)
     if prefix is not None:
@@ -136,8 +136,10 @@ def _to_common(
     if any(key.startswith("patch_embed.") for key in state):
         return {_common_name(key): ((key,), value) for key, value in state.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
-    if any(key.startswith(f"{_PYRAMID}patch_embed.") for key in state) and to in ("imagenet", "detectron2"):
-        backbone = {key: f"backbone.{key.removeprefix(_PYRAMID)}" for key in state if key.startswith(_PYRAMID)}
+    if any(key.startswith(f"{_FPN_BACKBONE}patch_embed.") for key in state) and to in ("imagenet", "detectron2"):
+        backbone = {
+            key: f"backbone.{key.removeprefix(_FPN_BACKBONE)}" for key in state if key.startswith(_FPN_BACKBONE)
+        }
         return {backbone[key]: ((key,), state[key]) for key in backbone}
     if any(key.startswith("backbone.patch_embed.") for key in state) and (
         to in ("imagenet", "detectron2") or not others
@@ -156,15 +158,15 @@ def _common_name(name: str) -> str:
 
 
 def _from_common(
-    state: Mapping[str, Tensor], home: str | None, to: str, things: Sequence[int] | None
+    state: Mapping[str, Tensor], source: str | None, to: str, things: Sequence[int] | None
 ) -> Iterator[mask2former_layouts.Step]:
     """Names in the common form, and the tensors that they become in the new file."""
-    if home and to in mask2former_layouts.HOMES:
+    if source and to in mask2former_layouts.LAYOUTS:
         yield from mask2former_layouts.from_common(state, to, things)
         return
-    if home and to != "imagenet":
-        homes = ", ".join(mask2former_layouts.HOMES)
-        raise ValueError(f"cannot convert a Mask2Former to {to}: expected imagenet, {homes}")
+    if source and to != "imagenet":
+        layouts = ", ".join(mask2former_layouts.LAYOUTS)
+        raise ValueError(f"cannot convert a Mask2Former to {to}: expected imagenet, {layouts}")
     if model := LAYOUTS[to].model:
         yield from _for_transformers(state, model)
         return
@@ -182,7 +184,7 @@ def _from_common(
 
 
 def _for_transformers(state: Mapping[str, Tensor], model: str) -> Iterator[mask2former_layouts.Step]:
-    """A backbone or a classifier; whatever else there is has no place."""
+    """The backbone or classifier under transformers' names; other tensors are left out."""
     common = {name.removeprefix("backbone."): name for name in state if name.startswith(("backbone.", *_CLASSIFIER))}
     start = model if "head.weight" in common else ""
     for names, targets in huggingface.steps_to_huggingface({bare: state[name] for bare, name in common.items()}):
@@ -217,8 +219,8 @@ def _wrapped(state: dict[str, Tensor], meta: dict[str, Any], to: str) -> dict[st
         return state
     if to != "detectron2":
         return {"meta": meta, "state_dict": state}
-    file = {"model": state, "__author__": "dinat_backbones"}  # detectron2 takes a pickle of nobody for one of Caffe2
-    if mask2former_layouts.home(state):
+    file = {"model": state, "__author__": "dinat_backbones"}  # without it detectron2 reads the file as one of Caffe2
+    if mask2former_layouts.find_layout(state):
         return file | {"model": mask2former_layouts.second_version(state)}
     return file if any(name.startswith("backbone.") for name in state) else file | {"matching_heuristics": True}
 

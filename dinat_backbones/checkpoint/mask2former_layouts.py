@@ -65,11 +65,11 @@ transformer_decoder.layers.{}.   predictor.transformer_         model.transforme
     cls_embed                        class_embed                    class_predictor
 """  # noqa: E501
 _COLUMN = {"mmdet3": 0, "mmseg1": 0, "detectron2": 1, "huggingface": 2}
-HOMES = tuple(_COLUMN)  # the layouts that have a Mask2Former
-# what the names of a home's heads and of its backbone start with
+LAYOUTS = tuple(_COLUMN)
+# by layout: the prefix of the heads' names, that of the backbone's, and a tensor that no other layout has
 _HEAD = {"mmdet3": "panoptic_head.", "mmseg1": "decode_head.", "detectron2": "sem_seg_head.", "huggingface": ""}
-_BACKBONE = dict.fromkeys(HOMES, "backbone.") | {"huggingface": "model.pixel_level_module.encoder."}
-_MARKS = {
+_BACKBONE = dict.fromkeys(LAYOUTS, "backbone.") | {"huggingface": "model.pixel_level_module.encoder."}
+_UNIQUE_TENSOR = {
     "mmdet3": "panoptic_head.query_feat.weight",
     "mmseg1": "decode_head.query_feat.weight",
     "detectron2": "sem_seg_head.predictor.query_embed.weight",
@@ -105,16 +105,16 @@ _PATTERNS = [
 ]
 
 
-def home(state: Mapping[str, Tensor]) -> str | None:
-    """Which of `HOMES` a Mask2Former comes from; None if there is none in `state`."""
-    return next((name for name, mark in _MARKS.items() if mark in state), None)
+def find_layout(state: Mapping[str, Tensor]) -> str | None:
+    """Which of `LAYOUTS` a Mask2Former comes from; None if there is none in `state`."""
+    return next((name for name, tensor in _UNIQUE_TENSOR.items() if tensor in state), None)
 
 
 def to_common(state: Mapping[str, Tensor], source: str, things: Sequence[int] | None = None) -> Iterator[Step]:
     """A Mask2Former in the common form: names as in mmdet, classes in the order of the data set.
 
     Args:
-        state: the whole model, as one of `HOMES` saves it.
+        state: the whole model, as one of `LAYOUTS` saves it.
         source: its name.
         things: which classes of the data set are things; see `_THINGS`. Only mmdet's files depend on it.
 
@@ -175,13 +175,13 @@ def from_common(state: Mapping[str, Tensor], to: str, things: Sequence[int] | No
 
 
 def second_version(state: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The state dict with the mark by which detectron2's Mask2Former knows that its names are the present ones."""
-    marked = OrderedDict(state)
-    marked._metadata = {  # type: ignore[attr-defined]
+    """The state dict with the versions by which detectron2's Mask2Former knows that its names are the present ones."""
+    versioned = OrderedDict(state)
+    versioned._metadata = {  # type: ignore[attr-defined]
         "": {"version": 1},
         **{module: {"version": 2} for module in ("sem_seg_head", "sem_seg_head.predictor")},
     }
-    return marked
+    return versioned
 
 
 def _rename(name: str, source: str, to: str) -> str:

@@ -89,7 +89,7 @@ def test_compiled_module_wins(tmp_path):
     (tmp_path / "mmcv" / "__init__.py").touch()
     (tmp_path / "mmcv" / "_ext.py").touch()
     code = "from dinat_backbones.adapters import mmcv_ext; mmcv_ext.install(); print(mmcv_ext.operators_in_use()); "
-    log = python("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}{REPORT}")
+    log = python("-c", f"{code}{REPORT}", cwd=tmp_path)
     path = tmp_path / "mmcv" / "_ext.py"
     assert f"\n{path}\nstand-in False" in log and f"mmcv's operators: {path}" in log
 

@@ -1,4 +1,4 @@
-"""Layouts of Mask2Former against the real models: the same weights have to give the same logits in every home."""
+"""Layouts of Mask2Former against the real models: the same weights have to give the same logits in every layout."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from dinat_backbones import DiNAT
 from dinat_backbones.checkpoint import convert, load_model, read
-from dinat_backbones.checkpoint.mask2former_layouts import HOMES, home
+from dinat_backbones.checkpoint.mask2former_layouts import LAYOUTS, find_layout
 from dinat_backbones.zoo import ade20k
 from helpers import ROOT, fill_by_name, run_tool
 
@@ -224,17 +224,17 @@ def bare(checkpoint):
     return checkpoint.get("state_dict", checkpoint.get("model", checkpoint))
 
 
-@pytest.mark.parametrize("first", HOMES)
-@pytest.mark.parametrize("second", HOMES)
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("second", LAYOUTS)
 def test_there_and_back(weights, first, second):
     heads = {name: tensor for name, tensor in weights["state_dict"].items() if not name.startswith("backbone.")}
     heads = weights["state_dict"] if "huggingface" not in (first, second) else heads
     there, _ = convert(heads, first)
     between, changes = convert(there, second)
-    assert home(bare(there)) == first and home(bare(between)) == second
+    assert find_layout(bare(there)) == first and find_layout(bare(between)) == second
     assert {change.kind for change in changes} <= {"kept", "renamed", "added", "dropped"}
     lost = {change.source for change in changes if change.kind == "dropped" and change.source in bare(there)}
-    assert lost <= {"criterion.empty_weight"} and bool(lost) == (first not in HOMES[:2] and second in HOMES[:2])
+    assert lost <= {"criterion.empty_weight"} and bool(lost) == (first not in LAYOUTS[:2] and second in LAYOUTS[:2])
     assert_equal(bare(convert(between, first)[0]), bare(there))
     assert_equal(convert(between, "mmdet3")[0]["state_dict"], heads)
 

@@ -32,7 +32,6 @@ def execute(words: list[str]) -> None:
         cli.main(arguments)
     elif program == "python":
         sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
-        sys.path.insert(0, str(ROOT / Path(arguments[0]).parent))  # as python does
         runpy.run_path(sys.argv[0], run_name="__main__")
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser

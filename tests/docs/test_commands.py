@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 
 from dinat_backbones import cli, create_classifier
 from documentation import PAGES, Command, commands
-from helpers import ROOT
+from helpers import ROOT, environment
 
 try:
     import tomllib
@@ -137,10 +136,6 @@ def those(check: str) -> list[str]:
     return [text for text, command in ALL.items() if [rule.check for rule in matching_rules(command)] == [check]]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-
-
 def stand_ins(command: Command) -> list[str]:
     """The words of a command with the reader's files replaced; configs of the checkout by their full path."""
     placeholders = {**PLACEHOLDERS, "CONFIG": rule_of(command).config}
@@ -154,7 +149,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_backbones[openmmlab]'")
     folder = tmp_path_factory.mktemp("commands")
     folder.joinpath("config.py").write_text(CONFIG)
-    subprocess.run([sys.executable, "-c", SAVE_DETECTOR], cwd=folder, env=environment(), check=True)
+    subprocess.run([sys.executable, "-c", SAVE_DETECTOR], cwd=folder, env=environment(ROOT), check=True)
     for name, file in (("dinat_mini", "dinat_mini_in1k_224.pth"), ("nat_mini", "nat_mini.pth")):
         torch.save(create_classifier(name).state_dict(), folder / file)
     return folder
@@ -178,7 +173,7 @@ def results(folder):
     driver = Path(__file__).with_name("commands_driver.py")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(driver), "jobs.json", "results.json"]
-    subprocess.run(command, cwd=folder, env=environment(), check=True)
+    subprocess.run(command, cwd=folder, env=environment(ROOT, ROOT / "tools"), check=True)
     return dict(zip(texts, json.loads((folder / "results.json").read_text()), strict=True))
 
 
