@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, ops
+from dinat_backbones import DiNAT, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, ops
 from dinat_backbones.ops import BACKENDS
 from dinat_backbones.ops.backends import triton_backend as triton
 from dinat_backbones.ops.backends import triton_check
@@ -224,6 +224,31 @@ def test_several_tiles_and_blocks(monkeypatch):
     monkeypatch.setitem(triton.TUNED, (5, 16, torch.float32), tiles)
     got = run([query, key, value], rpb, grad_out, kernel_size=5, backend="triton")
     assert_near([t.cpu() for t in got], expected, 1e-5)
+
+
+@pytest.mark.parametrize("arch", ["small"] if INTERPRETED else ["small", "dinat_mini", "dinat_large"])
+def test_whole_models(arch, monkeypatch):
+    """Features and all gradients with `triton` as with `tiled`, float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would round away what is compared
+    small = dict(embed_dim=32, depths=[1, 1], num_heads=[2, 4], mlp_ratio=2.0, kernel_size=3, dilations=[[2], [1]])
+    arguments, size = (small, (32, 24)) if arch == "small" else (dict(arch=arch, dilations="coco"), (512, 672))
+    results = []
+    for backend in ("tiled", "triton"):
+        torch.manual_seed(0)
+        model = DiNAT(**arguments, backend=backend).to(DEVICE).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("rpb"):
+                torch.nn.init.normal_(parameter, std=0.5)
+        image = torch.randn(1, 3, *size, device=DEVICE, requires_grad=True)
+        features = model(image)
+        sum(feature.square().mean() for feature in features).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        tables = [gradient for name, gradient in gradients.items() if name.endswith("rpb")]
+        # together, because some are zero but for rounding, such as those of biases in front of a norm
+        every = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        results.append([*features, image.grad, *tables, every])
+    for got, expected in zip(*results[::-1], strict=True):
+        assert_near([got], [expected], 1e-4)
 
 
 def test_empty_batch():
