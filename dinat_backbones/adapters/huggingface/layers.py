@@ -201,7 +201,7 @@ class NatEncoder(nn.Module):
         dilations: Any = [[1] * depth for depth in config.depths]
         if config.model_type == "dinat":
             dilations = config.dilations
-        BackboneBase.check_arguments(config.depths, config.num_heads, dilations, (), -1)
+        BackboneBase.check_arguments(config.depths, config.num_heads, dilations, -1)
         drop_path = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.levels = nn.ModuleList()
         for i, (heads, stage) in enumerate(zip(config.num_heads, dilations, strict=True)):
