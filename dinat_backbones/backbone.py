@@ -153,6 +153,32 @@ class BackboneBase(nn.Module):
         number = int(stage[2])
         return number >= self.built_stages or (number == self.built_stages - 1 < len(self.depths) - 1 and bool(stage[3]))
 
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The depth of a parameter and the number of depths, as mmpretrain's layer-wise learning rates ask for them.
+
+        0 for the tokenizer, then one per block, which its stage's downsampler and norm share if it is the last; the
+        largest depth is that of whatever is not the backbone.
+
+        Args:
+            param_name: its name in the whole model.
+            prefix: what stands before the backbone's names there, such as "backbone.".
+        """
+        depths = self.depths[: self.built_stages]
+        top = sum(depths) + 1
+        name = param_name.removeprefix(prefix)
+        block = re.match(rf"{self.stages_name}\.(\d+)\.(?:blocks\.(\d+)\.|downsample\.)", name)
+        norm = re.match(r"norm(\d*)\.", name)
+        if not param_name.startswith(prefix):
+            return top, top + 1
+        if name.startswith("patch_embed."):
+            return 0, top + 1
+        if block and block[2]:
+            return sum(depths[: int(block[1])]) + int(block[2]) + 1, top + 1
+        if block or norm:
+            stage = block[1] if block else norm[1] if norm else ""
+            return sum(depths[: int(stage) + 1] if stage else depths), top + 1
+        return top, top + 1
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # tensors of parts that this model leaves out are none that it does not expect
         for key in [key for key in state_dict if key.startswith(prefix) and self.is_left_out(key[len(prefix) :])]:

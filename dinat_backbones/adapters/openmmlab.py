@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 try:
+    from mmengine.analysis import complexity_analysis
     from mmengine.dist import get_rank
     from mmengine.hooks import Hook
     from mmengine.logging import MMLogger
@@ -27,11 +28,14 @@ except ModuleNotFoundError as error:
 from .. import backbone, zoo
 from ..checkpoint import load_backbone
 from ..layers import Block
+from ..ops.flops import TRACED_OPS
 from . import mmcv_ext, openmmlab_checkpoints
+from .openmmlab_optim import LayerDecayOptimWrapperConstructor  # noqa: F401  # registered
 from .seeding import seed_everything
 
 mmcv_ext.install()
 openmmlab_checkpoints.register()
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(TRACED_OPS)  # get_model_complexity_info, mmdet's get_flops.py
 
 
 class CheckpointInitMixin:
