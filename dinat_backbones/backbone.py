@@ -257,7 +257,7 @@ class BackboneBase(nn.Module):
         known = list(inspect.signature(BackboneBase.__init__).parameters)[1:-1]
         words = []
         for name in unknown:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             words.append(f"{name} (it has {near[0]})" if near else name)
         return (
             f"{cls.family} has no argument {', '.join(words)}; in a config, _delete_=True drops what was there for another "

@@ -21,7 +21,6 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
         FileNotFoundError, ValueError: the checkpoint does not exist or does not fit the model.
     """
     cfg = load_config(config)
-    import mmcv
     import torch
     from mmcv.transforms import Compose
     from mmengine.model import revert_sync_batchnorm
@@ -41,12 +40,7 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
     visualizer.dataset_meta = {"palette": "random"} | {key: value for key, value in metainfo.items() if value}
 
     def predict(path: Path, target: Path) -> str:
-        try:
-            image = mmcv.imread(str(path))
-        except OSError as error:
-            raise UnreadableImageError(error) from error
-        if image is None:
-            raise UnreadableImageError("not an image, or damaged")
+        image = read_image(path)
         size = image.shape[:2]
         data = pipeline(dict(img=image, img_path=str(path), img_id=0, img_shape=size, ori_shape=size))
         with torch.no_grad():
@@ -59,6 +53,29 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
         return describe(result, metainfo["classes"], score)
 
     return predict
+
+
+def read_image(path: Path) -> Any:
+    """An image ``[H, W, 3]`` (uint8, BGR); of a GIF the first frame.
+
+    Raises:
+        UnreadableImageError: it is not one, or damaged, or empty.
+    """
+    import cv2
+    import mmcv
+    import numpy as np
+    from PIL import Image
+
+    try:
+        image = mmcv.imread(str(path))
+    except (OSError, cv2.error):  # the latter for an empty file
+        image = None
+    if image is None:  # such as a GIF, which OpenCV reads since 4.11 where it was built so
+        try:
+            image = np.asarray(Image.open(path).convert("RGB"))[..., ::-1]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UnreadableImageError("not an image, or damaged") from error
+    return np.ascontiguousarray(image)
 
 
 def describe(result: Any, classes: Any, score: float) -> str:
