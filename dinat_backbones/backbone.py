@@ -151,7 +151,9 @@ class BackboneBase(nn.Module):
         if not stage or stage[1] != self.stages_name or int(stage[2]) >= len(self.depths):
             return False
         number = int(stage[2])
-        return number >= self.built_stages or (number == self.built_stages - 1 < len(self.depths) - 1 and bool(stage[3]))
+        return number >= self.built_stages or (
+            number == self.built_stages - 1 < len(self.depths) - 1 and bool(stage[3])
+        )
 
     def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
         """The depth of a parameter and the number of depths, as mmpretrain's layer-wise learning rates ask for them.
@@ -260,8 +262,8 @@ class BackboneBase(nn.Module):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             words.append(f"{name} (it has {near[0]})" if near else name)
         return (
-            f"{cls.family} has no argument {', '.join(words)}; in a config, _delete_=True drops what was there for another "
-            f"backbone. It has {', '.join(known)}"
+            f"{cls.family} has no argument {', '.join(words)}; in a config, _delete_=True drops what was there for "
+            f"another backbone. It has {', '.join(known)}"
         )
 
     @staticmethod
@@ -273,7 +275,8 @@ class BackboneBase(nn.Module):
         numbers = [i % stages for i in given if isinstance(i, int) and -stages <= i < stages]
         if isinstance(out_indices, (int, str)) or len(numbers) < len(given):
             raise ValueError(
-                f"out_indices={out_indices!r}: expected stages 0 to {stages - 1} in a list, or -1 to -{stages} from the end"
+                f"out_indices={out_indices!r}: expected stages 0 to {stages - 1} in a list, or -1 to -{stages} from the "
+                "end"
             )
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"out_indices={list(out_indices)} names a stage twice: leave one of the two out")

@@ -85,7 +85,5 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
         prefix = f"{path}." if path else ""
         depths = {name: backbone.get_layer_depth(name, prefix)[0] for name in names}
         deepest = max(depths.values())  # without neck and heads the last block
-        scales |= {
-            name: layer_decay ** (deepest - depth) for name, depth in depths.items() if name.startswith(prefix)
-        }
+        scales |= {name: layer_decay ** (deepest - depth) for name, depth in depths.items() if name.startswith(prefix)}
     return scales

@@ -56,7 +56,7 @@ def test_every_parameter_is_used(full, indices):
 
 def test_drop_path_is_that_of_the_full_depth():
     rates = [[block.drop_path.p for stage in DiNAT(**SMALL, **kwargs).levels for block in stage.blocks]
-             for kwargs in (dict(), dict(out_indices=[1]))]  # fmt: skip
+             for kwargs in ({}, dict(out_indices=[1]))]  # fmt: skip
     assert rates[1] == rates[0][:3] and len(rates[0]) == 5
 
 
@@ -68,9 +68,7 @@ def test_a_published_file_is_loaded_as_expected(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         report = load_backbone(model, tmp_path / "file.pth")
     assert report.complete and report.missing == ("norm2.weight", "norm2.bias") and not report.unexpected
-    assert report.left_out and all(
-        name.startswith(("levels.3.", "levels.2.downsample.")) for name in report.left_out
-    )
+    assert report.left_out and all(name.startswith(("levels.3.", "levels.2.downsample.")) for name in report.left_out)
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert f"{len(report.left_out)} of stages and norms that out_indices leaves out, as expected" in caplog.text
     for name, tensor in model.state_dict().items():
@@ -117,7 +115,7 @@ def test_others_are_refused(indices, message):
 
 
 @pytest.mark.parametrize("images, message", [
-    (torch.zeros(3, 32, 32), r"images of shape \[3, 32, 32\]: expected \[B, 3, H, W\]; one image without .* images\[None\]"),
+    (torch.zeros(3, 32, 32), r"images of shape \[3, 32, 32\]: expected \[B, 3, H, W\]; .* given as images\[None\]"),
     (torch.zeros(1, 1, 32, 32), r"images of shape \[1, 1, 32, 32\]: expected \[B, 3, H, W\]; in_chans=1 builds"),
     (torch.zeros(1, 32, 32, 3), r"expected \[B, 3, H, W\]; images.permute\(0, 3, 1, 2\) moves the channels"),
     (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "images of dtype torch.uint8: expected floating point, normalized"),
@@ -131,7 +129,9 @@ def test_other_images_are_refused_in_a_sentence(name, images, message):
 
 
 def test_unknown_arguments_name_the_nearest():
-    with pytest.raises(TypeError, match=r"DiNAT has no argument in_channels \(it has in_chans\), depth \(it has depths\)"):
+    with pytest.raises(
+        TypeError, match=r"DiNAT has no argument in_channels \(it has in_chans\), depth \(it has depths\)"
+    ):
         DiNAT(**SMALL, in_channels=3, depth=50)
 
 

@@ -52,8 +52,8 @@ def register() -> None:
 
 
 def refuse_backbones_alone() -> None:
-    """Makes mmengine's Runner stop at a `load_from` that holds a backbone alone, such as a classification file: it would
-    find no tensor of a detector in it, warn of hundreds of names, and train from random weights."""
+    """Makes mmengine's Runner stop at a `load_from` that holds a backbone alone, such as a classification file: it
+    would find no tensor of a detector in it, warn of hundreds of names, and train from random weights."""
     plain = runner._load_checkpoint_to_model
     if not hasattr(plain, "__wrapped__"):
         runner._load_checkpoint_to_model = _checked(plain)
@@ -69,8 +69,8 @@ def _checked(plain: Callable[..., Any]) -> Callable[..., Any]:
             alone = backbone.state_dict().keys() & state.keys() or huggingface.find_prefix(state) is not None
             if alone and not model.state_dict().keys() & state.keys():
                 raise ValueError(
-                    f"load_from: the file has a backbone alone and no tensor of this {type(model).__name__}, which would "
-                    f"keep random weights; give the file to the backbone instead: model.{path}.init_cfg="
+                    f"load_from: the file has a backbone alone and no tensor of this {type(model).__name__}, which "
+                    f"would keep random weights; give the file to the backbone instead: model.{path}.init_cfg="
                     'dict(type="Pretrained", checkpoint=FILE), and load_from=None'
                 )
         return plain(model, checkpoint, *args, **kwargs)

@@ -37,7 +37,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if rate is None:
             raise ValueError(f"paramwise_cfg={dict(cfg)}: {type(self).__name__} needs layer_decay_rate, such as 0.8")
         if cfg.get("decay_type", "layer_wise") != "layer_wise":
-            raise ValueError(f"decay_type={cfg['decay_type']!r}: expected 'layer_wise', the only one for these backbones")
+            raise ValueError(
+                f"decay_type={cfg['decay_type']!r}: expected 'layer_wise', the only one for these backbones"
+            )
         scales = layer_scales(module, rate)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         merged: dict[str, dict[str, Any]] = {}
@@ -48,7 +50,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 name = names[id(parameter)]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 settings["lr_scale"] = scales[name]
-                settings["lr"] = settings.get("lr", self.base_lr) * scales[name]
+                settings["lr"] = float(settings.get("lr", self.base_lr)) * scales[name]
                 if not has_weight_decay(name, parameter):
                     settings["weight_decay"] = 0.0
                 found = merged.setdefault(repr(sorted(settings.items())), dict(params=[], param_names=[], **settings))

@@ -6,7 +6,8 @@
     load_model(detector, "mask_rcnn_dinat_mini.pth")    # all of it or an error
 
 No framework is needed to read what a framework wrote. `reading.py` reads, `download.py` fetches, `loading.py` puts the
-tensors into a model, `fitting.py` changes those that need it, `layouts.py` converts between the programs that wrote them.
+tensors into a model, `fitting.py` changes those that need it, `layouts.py` converts between the programs that
+wrote them.
 """
 
 from .download import fetch

@@ -35,8 +35,8 @@ def adapt_image_channels_to(own: Mapping[str, Tensor], state: Mapping[str, Tenso
 def adapt_image_channels(weight: Tensor, channels: int) -> Tensor:
     """The weight ``[out, 3, K, K]`` of a convolution over RGB images, for images of other channels, as timm has it.
 
-    One channel gets the sum of the three, so that a gray image gives what it gave as RGB. Several get the three in turn,
-    times ``3 / channels``.
+    One channel gets the sum of the three, so that a gray image gives what it gave as RGB. Several get the three in
+    turn, times ``3 / channels``.
     """
     if channels == 1:
         return weight.float().sum(1, keepdim=True).to(weight.dtype)

@@ -149,8 +149,8 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), the first convolution of an RGB model is adapted to
-    images of other channels (see `fitting.adapt_image_channels`), and a moving average (EMA) of the weights is
+    Bias tables of another kernel size are resized (see `resize_rpb`), the first convolution of an RGB model is adapted
+    to images of other channels (see `fitting.adapt_image_channels`), and a moving average (EMA) of the weights is
     preferred, which the report says. Stages and norms that the model's `out_indices` leaves out are no difference. A
     backbone that returns its last stage alone computes what an ImageNet classifier
     does: its output norm is then that of the classifier.

@@ -5,9 +5,10 @@
     dinat export upernet_dinat_mini --checkpoint FILE --format pt2 --size 512x512 --check [--out FILE]
 
 MODEL is a backbone (dinat_mini, dinat_s_tiny, ...), a published classifier (with --classifier where a backbone has the
-same name), a published segmentation model (its name in `dinat_backbones.zoo`) or an mmseg config. The exported graph takes normalised images ``[batch, 3, H, W]``, float32; a backbone returns its
-maps `stage0` ... as ``[batch, C_i, H / stride, W / stride]``, a classifier `logits` ``[batch, classes]``, a segmentor `logits` ``[batch, classes, H, W]``. It has
-standard operations only. Without a checkpoint the weights are random.
+same name), a published segmentation model (its name in `dinat_backbones.zoo`) or an mmseg config. The exported
+graph takes normalised images ``[batch, 3, H, W]``, float32; a backbone returns its maps `stage0` ... as
+``[batch, C_i, H / stride, W / stride]``, a classifier `logits` ``[batch, classes]``, a segmentor `logits`
+``[batch, classes, H, W]``. It has standard operations only. Without a checkpoint the weights are random.
 
 --check runs it (ONNX in onnxruntime), at other sizes too where these are dynamic, compares with eager PyTorch, and says
 how large it is and how long both take. Exit status 1, and no file, if any value is off by more than 1e-4.
@@ -289,9 +290,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "model", metavar="MODEL|CONFIG", help="a backbone, a published classifier or segmentation model, an mmseg config"
+        "model",
+        metavar="MODEL|CONFIG",
+        help="a backbone, a published classifier or segmentation model, an mmseg config",
     )
-    parser.add_argument("--classifier", action="store_true", help="MODEL is a classifier, not the backbone of that name")
+    parser.add_argument(
+        "--classifier", action="store_true", help="MODEL is a classifier, not the backbone of that name"
+    )
     parser.add_argument(
         "--dilations",
         choices=zoo.DILATION_SETTINGS,

@@ -66,8 +66,8 @@ def _check_slide(cfg: Any) -> None:
     padded = (model.get("data_preprocessor") or {}).get("test_cfg")
     if slides and padded and "MaskFormerHead" in str(head.get("type")).replace("Mask2F", "MaskF"):
         stop(
-            f"model.test_cfg.mode='slide' with {head['type']} and model.data_preprocessor.test_cfg={dict(padded)}: mmseg "
-            "would resize the masks of each crop to the padded image; add --cfg-options "
+            f"model.test_cfg.mode='slide' with {head['type']} and model.data_preprocessor.test_cfg={dict(padded)}: "
+            "mmseg would resize the masks of each crop to the padded image; add --cfg-options "
             "model.data_preprocessor.test_cfg=None, which leaves images unpadded, or use mode='whole'"
         )
 

@@ -69,7 +69,9 @@ def _without_masks(cfg: Any) -> list[str]:
         stop("--boxes-only: the config's model has no roi_head.mask_head that could be left out")
     options: dict[str, Any] = {"model.roi_head.mask_head": None, "model.roi_head.mask_roi_extractor": None}
     evaluator = cfg.get("test_evaluator")
-    places = [f"test_evaluator.{i}" for i in range(len(evaluator))] if isinstance(evaluator, list) else ["test_evaluator"]
+    places = (
+        [f"test_evaluator.{i}" for i in range(len(evaluator))] if isinstance(evaluator, list) else ["test_evaluator"]
+    )
     for place, metric in zip(places, evaluators(cfg, "test"), strict=True):
         if "metric" in metric:
             options[f"{place}.metric"] = "bbox"

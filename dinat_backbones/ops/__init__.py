@@ -142,7 +142,7 @@ def _check_legacy_exporter(backend: str | None) -> None:
     if backend not in ("exportable", "reference"):  # plain operations, which a trace may hold
         raise RuntimeError(
             "the legacy ONNX exporter cannot export this op: use torch.onnx.export(..., dynamo=True) or `dinat export "
-            "--format onnx`, which keep sizes open; a model built with backend='exportable' passes it for one fixed size"
+            "--format onnx`, which keep sizes open; a model built with backend='exportable' passes it for one size"
         )
 
 

@@ -36,7 +36,9 @@ def _na2d(qkv: Sequence[torch.Size], rpb: torch.Size | None, kernel_size: int, *
 def _na2d_backward(grad_out: torch.Size, out: Any, lse: Any, *call: Any, **kwargs: object) -> int:
     """As torch counts the backward pass of its own attention: the logits once more, then four products."""
     batch, height, width, heads, head_dim = grad_out
-    (_, rpb, kernel_size), tokens = call[:3], batch * height * width
+    rpb: torch.Size | None = call[1]
+    kernel_size: int = call[2]
+    tokens = batch * height * width
     products = 5 * attention_macs(tokens, heads, head_dim, kernel_size, bias=False) // 2
     return 2 * (products + 2 * (rpb is not None) * tokens * heads * kernel_size**2)  # bias, and its gradient
 
@@ -59,7 +61,9 @@ flop_registry.update({backend.op.overloadpacket: shape_wrapper(_na2d) for backen
 flop_registry.update({backend.backward_op.overloadpacket: shape_wrapper(_na2d_backward) for backend in _BACKENDS})
 _FORMULAS = {torch.ops.aten.native_layer_norm: _layer_norm}
 # For `set_op_handle` of mmengine's FlopAnalyzer and fvcore's FlopCountAnalysis. Adapters put them among the defaults.
-TRACED_OPS: dict[str, Callable[..., Any]] = {f"dinat_backbones::na2d_{backend.name}": _traced_na2d for backend in _BACKENDS}
+TRACED_OPS: dict[str, Callable[..., Any]] = {
+    f"dinat_backbones::na2d_{backend.name}": _traced_na2d for backend in _BACKENDS
+}
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:

@@ -8,10 +8,11 @@ import torch
 from dinat_backbones import create_classifier
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
-import dinat_backbones.adapters.openmmlab as adapter  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
+
+import dinat_backbones.adapters.openmmlab as adapter  # noqa: E402
 
 SMALL = dict(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], mlp_ratio=2.0, kernel_size=3)
 
@@ -64,8 +65,8 @@ def test_weights_of_another_backbone(left):
 
 
 def test_arguments_of_another_backbone():
-    with pytest.raises(TypeError, match=r"DiNAT has no argument depth \(it has depths\), in_channels \(it has in_chans\), "
-                                        "norm_eval; in a config, _delete_=True drops"):  # fmt: skip
+    with pytest.raises(TypeError, match=r"DiNAT has no argument depth \(it has depths\), in_channels "
+                                        r"\(it has in_chans\), norm_eval; in a config, _delete_=True drops"):  # fmt: skip
         MODELS.build(dict(type="DiNAT", **SMALL, depth=50, in_channels=3, norm_eval=True))
 
 
@@ -95,7 +96,7 @@ model = dict(
         in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_queries=5,
         pixel_decoder=dict(encoder=dict(num_layers=1, layer_cfg=layer), positional_encoding=dict(num_feats=16)),
         positional_encoding=dict(num_feats=16),
-        transformer_decoder=dict(num_layers=1, layer_cfg=dict(cross_attn_cfg=dict(embed_dims=32, num_heads=2), **layer))),
+        transformer_decoder=dict(num_layers=1, layer_cfg=dict(cross_attn_cfg=layer["self_attn_cfg"], **layer))),
     test_cfg=dict(mode={mode!r}, crop_size=(64, 64), stride=(48, 48)))
 """
 

@@ -79,7 +79,9 @@ def test_a_gray_image_gives_what_it_gave_as_rgb(rgb):
 def test_other_files_are_not_adapted(rgb, tmp_path):
     """From RGB alone: what four channels mean, nobody knows."""
     torch.save(DiNAT(**SMALL, in_chans=4).state_dict(), tmp_path / "four.pth")
-    with pytest.raises(ValueError, match=r"patch_embed.proj.0.weight is \[16, 4, 3, 3\] in the file and \[16, 3, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"patch_embed.proj.0.weight is \[16, 4, 3, 3\] in the file and \[16, 3, 3, 3\]"
+    ):
         load_backbone(DiNAT(**SMALL), tmp_path / "four.pth")
     report = load_backbone(DiNAT(**SMALL, in_chans=4), tmp_path / "four.pth")
     assert report.complete and not report.adapted

@@ -90,7 +90,9 @@ def test_the_legacy_exporter_names_the_way_out(tmp_path):
     pytest.importorskip("onnx", reason='onnx is missing: pip install "dinat_backbones[export]"')
     kwargs = {} if torch.__version__ < "2.5" else dict(dynamo=False)
     model, image = small("DiNAT").model, torch.randn(1, 3, 64, 80)
-    with pytest.raises(RuntimeError, match=r"legacy ONNX exporter .* use torch.onnx.export\(..., dynamo=True\) or `dinat"):
+    with pytest.raises(
+        RuntimeError, match=r"legacy ONNX exporter .* use torch.onnx.export\(..., dynamo=True\) or `dinat"
+    ):
         torch.onnx.export(model, (image,), str(tmp_path / "model.onnx"), **kwargs)
     fixed = dinat_backbones.DiNAT(**SMALL, backend="exportable").eval()
     torch.onnx.export(fixed, (image,), str(tmp_path / "model.onnx"), opset_version=17, **kwargs)

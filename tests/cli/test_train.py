@@ -133,7 +133,10 @@ def test_sliding_windows_of_mask2former(tmp_path, command):
     )
     (tmp_path / "model.pth").touch()
     message = command("test", "config.py", "model.pth", "--cfg-options", "model.test_cfg.mode=slide")
-    assert message.startswith("dinat test: model.test_cfg.mode='slide' with Mask2FormerHead") and "test_cfg=None" in message
+    assert (
+        message.startswith("dinat test: model.test_cfg.mode='slide' with Mask2FormerHead")
+        and "test_cfg=None" in message
+    )
 
 
 @pytest.mark.parametrize("metric", ["type='CocoPanopticMetric'", "type='CocoMetric', metric=['bbox', 'segm']"])

@@ -174,7 +174,8 @@ class Trainer(DefaultTrainer):
 
 def parameter_groups(cfg: Any, model: torch.nn.Module) -> list[dict[str, Any]]:
     """Groups for an optimizer, as few as possible: the learning rate of the backbone is BACKBONE_MULTIPLIER times the
-    others' and decays by LAYER_DECAY from layer to layer (see `optim.layer_scales`), norms decay by WEIGHT_DECAY_NORM, embeddings by WEIGHT_DECAY_EMBED, all else by WEIGHT_DECAY.
+    others' and decays by LAYER_DECAY from layer to layer (see `optim.layer_scales`), norms have
+    WEIGHT_DECAY_NORM, embeddings WEIGHT_DECAY_EMBED, all else WEIGHT_DECAY.
 
     The bias tables `rpb` decay as all else, as in the original trainer; the recipes of the detectors do not decay them.
     """

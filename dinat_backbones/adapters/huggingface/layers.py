@@ -87,8 +87,8 @@ class NatSelfAttention(NeighborhoodAttention2D):
         self.proj = nn.Identity()  # type: ignore[assignment]  # `NatAttention` has it
 
     def _project(self, x):
-        heads = (*x.shape[:3], self.num_heads, self.head_dim)
-        return tuple(projection(x).view(heads) for projection in (self.query, self.key, self.value))
+        heads = (self.num_heads, self.head_dim)
+        return tuple(projection(x).unflatten(-1, heads) for projection in (self.query, self.key, self.value))
 
 
 class NatOutput(nn.Module):
