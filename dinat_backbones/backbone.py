@@ -275,8 +275,8 @@ class BackboneBase(nn.Module):
         numbers = [i % stages for i in given if isinstance(i, int) and -stages <= i < stages]
         if isinstance(out_indices, (int, str)) or len(numbers) < len(given):
             raise ValueError(
-                f"out_indices={out_indices!r}: expected stages 0 to {stages - 1} in a list, or -1 to -{stages} from the "
-                "end"
+                f"out_indices={out_indices!r}: expected stages 0 to {stages - 1} in a list, or -1 to -{stages} from the"
+                " end"
             )
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"out_indices={list(out_indices)} names a stage twice: leave one of the two out")
