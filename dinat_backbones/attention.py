@@ -14,6 +14,16 @@ from .ops import (
 from .ops.checks import check_window
 from .ops.padding import crop, pad_to_reach
 
+# torch.fx, with which torchvision extracts features, records calls of what decides by sizes instead of tracing them.
+for _function in (
+    "crop",
+    "neighborhood_attention_2d",
+    "neighborhood_attention_2d_qkvpacked",
+    "neighborhood_attention_2d_with_weights",
+    "pad_to_reach",
+):
+    torch.fx.wrap(_function)
+
 
 class _Attention2D(nn.Module):
     """What both attention modules consist of, under the published names; `span` is the side of a bias table."""
@@ -112,25 +122,25 @@ class NeighborhoodAttention2D(_Attention2D):
         With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
         columns) in float32, computed in plain PyTorch.
         """
-        _, height, width, _ = x.shape
+        height, width = x.shape[1], x.shape[2]
         qkv = self._project(pad_to_reach(x, self.kernel_size * self.dilation))
         settings: dict[str, Any] = dict(kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale)
         if return_attention or (self.training and self.attn_drop.p > 0):
-            query, key, value = qkv.unbind(3) if isinstance(qkv, torch.Tensor) else qkv
+            query, key, value = qkv if isinstance(qkv, tuple) else qkv.unbind(3)
             x, attention = neighborhood_attention_2d_with_weights(
                 query, key, value, self.rpb, dropout=self.attn_drop, **settings
             )
-        elif isinstance(qkv, torch.Tensor):
-            x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
-        else:
+        elif isinstance(qkv, tuple):
             x = neighborhood_attention_2d(*qkv, self.rpb, backend=self.backend, **settings)
+        else:
+            x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
         x = self.proj_drop(self.proj(crop(x, height, width).flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One tensor ``[B, H, W, 3, heads, head_dim]``; three, where a subclass has three projections."""
         qkv: torch.Tensor = self.qkv(x)
-        return qkv.view(*x.shape[:3], 3, self.num_heads, self.head_dim)
+        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
 
     def extra_repr(self) -> str:
         return (

@@ -5,7 +5,10 @@ Swin's frame (4x4 patches, 2x2 merging) around the same attention. The layers ar
 dilations in `zoo`. Module names are those of the published checkpoints.
 """
 
-from collections.abc import Iterator, Sequence
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +27,9 @@ from .layers import (
     drop_path_rates,
     init_linear,
 )
+
+_OUTPUT_NORM = re.compile(r"norm(\d+)\.")
+_STAGE = re.compile(r"(levels|layers)\.(\d+)\.(downsample\.)?")
 
 _Backbone = TypeVar("_Backbone", bound="BackboneBase")
 
@@ -60,8 +66,11 @@ class BackboneBase(nn.Module):
         frozen_stages: int = -1,
         with_cp: bool = False,
         backend: str | None = None,
+        **unknown: Any,
     ):
         super().__init__()
+        if unknown:
+            raise TypeError(self._unknown_arguments(unknown))
         published = self._published(arch)
         embed_dim = self._given_or_published("embed_dim", embed_dim, published)
         depths = self._given_or_published("depths", depths, published)
@@ -69,14 +78,13 @@ class BackboneBase(nn.Module):
         mlp_ratio = self._given_or_published("mlp_ratio", mlp_ratio, published)
         if layer_scale is None and published:
             layer_scale = published.layer_scale
-        if out_indices is None:
-            out_indices = range(len(depths))
         dilations, kernel_size = self._dilations_and_kernel_size(published, dilations, kernel_size, depths)
-        self.check_arguments(depths, num_heads, dilations, out_indices, frozen_stages)
+        self.check_arguments(depths, num_heads, dilations, frozen_stages)
 
         self.depths, self.num_heads, self.kernel_size = tuple(depths), tuple(num_heads), kernel_size
         self.dilations = tuple(map(tuple, dilations))
-        self.out_indices, self.frozen_stages = tuple(out_indices), frozen_stages
+        self.out_indices, self.frozen_stages = self._stage_numbers(out_indices, len(depths)), frozen_stages
+        self.built_stages = max(self.out_indices, default=len(depths) - 1) + 1
         self.stage_channels = tuple(embed_dim * 2**i for i in range(len(depths)))
         self.stage_strides = tuple(4 * 2**i for i in range(len(depths)))
         self.out_channels = tuple(self.stage_channels[i] for i in self.out_indices)
@@ -86,7 +94,7 @@ class BackboneBase(nn.Module):
         self.pos_drop = nn.Dropout(drop_rate)
         drop_path = iter(drop_path_rates(drop_path_rate, sum(depths)))
         stages = nn.ModuleList()
-        for i, width in enumerate(self.stage_channels):
+        for i, width in enumerate(self.stage_channels[: self.built_stages]):
             blocks = []
             for dilation in self.dilations[i]:
                 attention = NeighborhoodAttention2D(
@@ -102,7 +110,7 @@ class BackboneBase(nn.Module):
                     backend=backend,
                 )
                 blocks.append(Block(width, mlp_ratio, drop_rate, next(drop_path), norm_layer, layer_scale, attention))
-            downsample = self.downsampler(width, norm_layer) if i + 1 < len(depths) else None
+            downsample = self.downsampler(width, norm_layer) if i + 1 < self.built_stages else None
             stages.append(Stage(blocks, downsample, with_cp))
         self.add_module(self.stages_name, stages)
         for i, width in zip(self.out_indices, self.out_channels, strict=True):
@@ -114,14 +122,14 @@ class BackboneBase(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Images ``[B, in_chans, H, W]`` of any size to one contiguous map ``[B, C_i, ceil(H/s_i), ceil(W/s_i)]`` per
         entry of `out_indices`, with ``C_i`` from `out_channels` and ``s_i`` from `out_strides`."""
-        outs = []
+        outs = {}
         for i, features in enumerate(self.stage_maps(x)):
             if i in self.out_indices:
-                outs.append(getattr(self, f"norm{i}")(features).permute(0, 3, 1, 2).contiguous())
-        return tuple(outs)
+                outs[i] = getattr(self, f"norm{i}")(features).permute(0, 3, 1, 2).contiguous()
+        return tuple(outs[i] for i in self.out_indices)
 
     def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What every stage makes of images, before its norm: ``[B, H_i, W_i, C_i]``, one stage at a time."""
+        """What every built stage makes of images, before its norm: ``[B, H_i, W_i, C_i]``, one stage at a time."""
         x = self.pos_drop(self.patch_embed(x))
         for stage in getattr(self, self.stages_name):
             features, x = stage(x)
@@ -133,6 +141,51 @@ class BackboneBase(nn.Module):
         for module in self._frozen():
             module.eval()
         return self
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a tensor of that state-dict name belongs to the architecture, but to a part that `out_indices` leaves
+        out: the stages after the last used one, the way there, and the norms of outputs that nobody asked for."""
+        norm, stage = _OUTPUT_NORM.match(name), _STAGE.match(name)
+        if norm:
+            return int(norm[1]) < len(self.depths) and int(norm[1]) not in self.out_indices
+        if not stage or stage[1] != self.stages_name or int(stage[2]) >= len(self.depths):
+            return False
+        number = int(stage[2])
+        return number >= self.built_stages or (
+            number == self.built_stages - 1 < len(self.depths) - 1 and bool(stage[3])
+        )
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """The depth of a parameter and the number of depths, as mmpretrain's layer-wise learning rates ask for them.
+
+        0 for the tokenizer, then one per block, which its stage's downsampler and norm share if it is the last; the
+        largest depth is that of whatever is not the backbone.
+
+        Args:
+            param_name: its name in the whole model.
+            prefix: what stands before the backbone's names there, such as "backbone.".
+        """
+        depths = self.depths[: self.built_stages]
+        top = sum(depths) + 1
+        name = param_name.removeprefix(prefix)
+        block = re.match(rf"{self.stages_name}\.(\d+)\.(?:blocks\.(\d+)\.|downsample\.)", name)
+        norm = re.match(r"norm(\d*)\.", name)
+        if not param_name.startswith(prefix):
+            return top, top + 1
+        if name.startswith("patch_embed."):
+            return 0, top + 1
+        if block and block[2]:
+            return sum(depths[: int(block[1])]) + int(block[2]) + 1, top + 1
+        if block or norm:
+            stage = block[1] if block else norm[1] if norm else ""
+            return sum(depths[: int(stage) + 1] if stage else depths), top + 1
+        return top, top + 1
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # tensors of parts that this model leaves out are none that it does not expect
+        for key in [key for key in state_dict if key.startswith(prefix) and self.is_left_out(key[len(prefix) :])]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _frozen(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -200,12 +253,40 @@ class BackboneBase(nn.Module):
             raise ValueError(f"dilations={dilations}: {cls.family} has dilation 1 everywhere; use DiNAT")
         return dilations, kernel_size
 
+    @classmethod
+    def _unknown_arguments(cls, unknown: Iterable[str]) -> str:
+        """A sentence on arguments that no backbone has, with the nearest that they have."""
+        known = list(inspect.signature(BackboneBase.__init__).parameters)[1:-1]
+        words = []
+        for name in unknown:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+            words.append(f"{name} (it has {near[0]})" if near else name)
+        return (
+            f"{cls.family} has no argument {', '.join(words)}; in a config, _delete_=True drops what was there for "
+            f"another backbone. It has {', '.join(known)}"
+        )
+
+    @staticmethod
+    def _stage_numbers(out_indices: Sequence[int] | None, stages: int) -> tuple[int, ...]:
+        """`out_indices` as numbers from 0, in the order given."""
+        if out_indices is None:
+            return tuple(range(stages))
+        given = [] if isinstance(out_indices, (int, str)) else list(out_indices)
+        numbers = [i % stages for i in given if isinstance(i, int) and -stages <= i < stages]
+        if isinstance(out_indices, (int, str)) or len(numbers) < len(given):
+            raise ValueError(
+                f"out_indices={out_indices!r}: expected stages 0 to {stages - 1} in a list, or -1 to -{stages} from the"
+                " end"
+            )
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"out_indices={list(out_indices)} names a stage twice: leave one of the two out")
+        return tuple(numbers)
+
     @staticmethod
     def check_arguments(
         depths: Sequence[int],
         num_heads: Sequence[int],
         dilations: Sequence[Sequence[int]],
-        out_indices: Sequence[int],
         frozen_stages: int,
     ) -> None:
         """ValueError where arguments do not fit together."""
@@ -216,8 +297,6 @@ class BackboneBase(nn.Module):
             raise ValueError(
                 f"dilations has {lengths} entries per stage; expected one per block, depths={list(depths)}: {dilations}"
             )
-        if any(i not in range(len(depths)) for i in out_indices):
-            raise ValueError(f"out_indices={list(out_indices)}: expected stages 0 to {len(depths) - 1}")
         if frozen_stages not in range(-1, len(depths) + 1):
             raise ValueError(
                 f"frozen_stages={frozen_stages}: expected -1 (nothing), 0 (the tokenizer) or up to {len(depths)} stages"
@@ -241,7 +320,8 @@ class NAT(BackboneBase):
         patch_norm: norm after the tokenizer.
         norm_layer: called with a width.
         in_chans: channels of the image.
-        out_indices: stages whose normed features are returned; None for all.
+        out_indices: stages whose normed features are returned, in this order, negative ones counted from the end; None
+            for all. Stages after the last of them are neither built nor computed.
         frozen_stages: -1 for none, 0 for the tokenizer, n for the tokenizer and the first n stages with their norms.
         with_cp: activation checkpointing, block by block.
         backend: insist on one backend of the op.
@@ -249,6 +329,7 @@ class NAT(BackboneBase):
     Raises:
         ValueError: an unknown `arch` or setting, an `arch` of another family, a DiNAT or DiNAT_s `arch` without
             `dilations`, arguments that do not fit together.
+        TypeError: an unknown argument.
 
     `out_channels` and `out_strides` describe the returned maps.
     """

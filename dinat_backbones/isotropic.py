@@ -1,5 +1,6 @@
 """The isotropic models of the DiNAT paper (arXiv 2209.15001): equal blocks on one grid of patches."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,15 @@ class Isotropic(nn.Module):
         self.stage_channels = (design.embed_dim,) * design.depth
         self.stage_strides = (design.patch_size,) * design.depth
         self.apply(init_linear)
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """See `BackboneBase.get_layer_depth`."""
+        top = len(self.layers) + 1
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ""
+        block = re.match(r"layers\.(\d+)\.", name)
+        if name.startswith("patch_embed."):
+            return 0, top + 1
+        return int(block[1]) + 1 if block else top - name.startswith("norm."), top + 1
 
     def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """What every block makes of images: ``[B, H / patch_size, W / patch_size, C]``, one block at a time."""

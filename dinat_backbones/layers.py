@@ -18,6 +18,29 @@ NormLayer = Callable[[int], nn.Module]  # called with a width
 LARGE_BYTES, PIECE_BYTES = 16 << 20, 2 << 20
 
 
+def check_images(x: torch.Tensor, channels: int | None) -> None:
+    """ValueError unless these are images ``[B, channels, H, W]`` of floating point; None for any number of channels."""
+    if x.dim() != 4:
+        hint = "; one image without a batch dimension is given as images[None]" if x.dim() == 3 else ""
+        raise ValueError(f"images of shape {list(x.shape)}: expected [B, {channels or 'C'}, H, W]{hint}")
+    if channels is not None and x.shape[1] != channels:
+        last = x.shape[3] == channels
+        hint = (
+            "images.permute(0, 3, 1, 2) moves the channels"
+            if last
+            else f"in_chans={x.shape[1]} builds a model for them"
+        )
+        raise ValueError(f"images of shape {list(x.shape)}: expected [B, {channels}, H, W]; {hint}")
+    if not x.is_floating_point() and not x.is_quantized:
+        raise ValueError(
+            f"images of dtype {x.dtype}: expected floating point, normalized with the mean and standard deviation that "
+            "the weights were trained with (zoo.IMAGENET_MEAN and IMAGENET_STD, of pixels from 0 to 255)"
+        )
+
+
+torch.fx.wrap("check_images")  # a call in traced graphs: they have no sizes to decide by
+
+
 class ConvTokenizer(nn.Module):
     """Two 3x3 stride-2 convolutions and a norm: ``[B, in_chans, H, W]`` to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
 
@@ -30,6 +53,7 @@ class ConvTokenizer(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_images(x, getattr(self.proj[0], "in_channels", None))
         # channels_last makes the permutation below a view of contiguous memory
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         x = self.norm(x.permute(0, 2, 3, 1))
@@ -59,6 +83,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_images(x, getattr(self.proj, "in_channels", None))
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
         x = self.norm(x.permute(0, 2, 3, 1))
@@ -82,7 +107,8 @@ class PatchMerging(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, drop a sample's residual branch with probability `p`, scale the others up."""
+    """Stochastic depth of ``[B, H, W, C]``: while training, drop a sample's residual branch with probability `p`, scale
+    the others up."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -92,7 +118,7 @@ class DropPath(nn.Module):
         if not self.training or self.p == 0:
             return x
         keep = 1 - self.p
-        return x * (x.new_empty([x.shape[0]] + [1] * (x.dim() - 1)).bernoulli_(keep) / keep)
+        return x * (x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep) / keep)
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3f}"
@@ -121,8 +147,8 @@ class Mlp(nn.Module):
 
 def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
     """Whether an MLP with `hidden` channels on ``[..., C]`` is worth computing in pieces."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if torch.is_grad_enabled() or x.device.type != "cpu" or traced:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+    if traced or torch.is_grad_enabled() or x.device.type != "cpu":
         return False
     return x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
 
@@ -211,7 +237,7 @@ class Stage(nn.Module):
 
 def run_block(block: nn.Module, x: torch.Tensor, with_cp: bool) -> torch.Tensor:
     """``block(x)``; where `with_cp` and gradients are on, the backward pass computes its activations anew."""
-    recompute = with_cp and torch.is_grad_enabled()
+    recompute = with_cp and torch.is_grad_enabled() and not isinstance(x, torch.fx.Proxy)
     x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 

@@ -256,9 +256,9 @@ def test_stochastic_depth_rises_linearly():
 
 def test_stochastic_depth_drops_samples_and_keeps_the_mean():
     drop = layers.DropPath(0.25).train()
-    out = drop(torch.ones(4000, 2, 3))
-    kept = out[:, 0, 0] != 0
-    assert torch.equal(out, kept[:, None, None] / 0.75 * torch.ones(4000, 2, 3))
+    out = drop(torch.ones(4000, 2, 3, 1))
+    kept = out[:, 0, 0, 0] != 0
+    assert torch.equal(out, kept[:, None, None, None] / 0.75 * torch.ones(4000, 2, 3, 1))
     assert abs(kept.float().mean() - 0.75) < 0.03
 
 

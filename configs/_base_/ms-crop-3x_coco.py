@@ -32,8 +32,8 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
 )
 
-# Multi-scale and flip test, of boxes alone: mmdet's DetTTAModel merges no masks. So it needs, besides --tta,
-#     --cfg-options model.roi_head.mask_head=None test_evaluator.metric=bbox
+# Multi-scale and flip test, of boxes alone: mmdet's DetTTAModel merges no masks. So it is
+# `dinat test CONFIG CHECKPOINT --tta --boxes-only`.
 tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=dict(type="nms", iou_threshold=0.5), max_per_img=100))
 tta_pipeline = [
     dict(type="LoadImageFromFile", backend_args={{_base_.backend_args}}),

@@ -25,7 +25,8 @@ except ModuleNotFoundError as error:
 
 from .. import classifier, zoo
 from ..checkpoint import fetch
-from ..checkpoint.loading import bare_state, resize_rpb_to
+from ..checkpoint.fitting import resize_rpb_to
+from ..checkpoint.loading import bare_state
 
 
 class TimmMixin:

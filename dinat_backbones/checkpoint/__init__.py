@@ -6,10 +6,12 @@
     load_model(detector, "mask_rcnn_dinat_mini.pth")    # all of it or an error
 
 No framework is needed to read what a framework wrote. `reading.py` reads, `download.py` fetches, `loading.py` puts the
-tensors into a model, `layouts.py` converts between the programs that wrote them.
+tensors into a model, `fitting.py` changes those that need it, `layouts.py` converts between the programs that
+wrote them.
 """
 
 from .download import fetch
+from .fitting import resize_rpb
 from .layouts import LAYOUTS, convert
 from .loading import (
     EMA_WRAPPERS,
@@ -19,7 +21,6 @@ from .loading import (
     load_backbone,
     load_classifier,
     load_model,
-    resize_rpb,
 )
 from .objects import Inert
 from .reading import read

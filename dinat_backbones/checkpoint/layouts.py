@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import huggingface, mask2former_layouts
-from .loading import EMA_WRAPPERS, WRAPPERS, ema_wrapper, resize_all_rpb, tensors
+from .fitting import resize_all_rpb
+from .loading import EMA_WRAPPERS, WRAPPERS, ema_wrapper, tensors
 
 _CLASSIFIER = ("norm.", "head.")
 _FPN_BACKBONE = "backbone.bottom_up."  # where detectron2 has a backbone with a feature pyramid

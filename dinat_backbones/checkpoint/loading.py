@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import zoo
 from . import huggingface
+from .fitting import fitted
 from .objects import Inert
 from .reading import read
 
@@ -103,49 +103,6 @@ def bare_state(checkpoint: Mapping[str, Any], prefix: str | None = None) -> dict
     return {key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
 
 
-def resize_rpb(table: Tensor, kernel_size: int) -> Tensor:
-    """The bias tables of another kernel size, each head's interpolated bicubically, corners not aligned.
-
-    The released 11x11 ImageNet-22k weights were made from the 7x7 ones by such a resize of 13x13 to 21x21 entries; how
-    its corners were aligned was not published.
-
-    Args:
-        table: ``[heads, 2K-1, 2K-1]``, floating point.
-        kernel_size: the new K, odd.
-
-    Returns:
-        ``[heads, 2*kernel_size-1, 2*kernel_size-1]`` in the dtype of `table`.
-
-    Raises:
-        ValueError: `table` has another shape or `kernel_size` is not odd.
-    """
-    if not _is_rpb(table):
-        raise ValueError(f"an rpb table of shape {list(table.shape)}; expected [heads, 2K-1, 2K-1] with an odd K")
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size={kernel_size}: expected an odd number of at least 1")
-    size = 2 * kernel_size - 1
-    if table.shape[-1] == size:
-        return table
-    resized = functional.interpolate(table[None].float(), size=(size, size), mode="bicubic", align_corners=False)
-    return resized[0].to(table.dtype)
-
-
-def _is_rpb(table: Tensor) -> bool:
-    return table.dim() == 3 and table.shape[1] == table.shape[2] and table.shape[1] % 4 == 1
-
-
-def resize_all_rpb(state: Mapping[str, Tensor], kernel_size: int) -> dict[str, Tensor]:
-    """Those bias tables of `state` that belong to another kernel size, resized; by their names."""
-    tables = {key: table for key, table in state.items() if key.endswith(".attn.rpb") and _is_rpb(table)}
-    return {k: resize_rpb(t, kernel_size) for k, t in tables.items() if t.shape[-1] != 2 * kernel_size - 1}
-
-
-def resize_rpb_to(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`resize_all_rpb` to the kernel size of the model whose state dict `own` is."""
-    table = next((value for key, value in own.items() if key.endswith(".attn.rpb")), None)
-    return {} if table is None or not _is_rpb(table) else resize_all_rpb(state, table.shape[-1] // 2 + 1)
-
-
 @dataclass(frozen=True)
 class Report:
     """What `load_backbone` did, by state-dict names; `mismatched` maps a name to its shapes in file and model."""
@@ -156,6 +113,8 @@ class Report:
     unexpected: tuple[str, ...]
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     resized: tuple[str, ...] = ()  # bias tables among the loaded ones
+    adapted: tuple[str, ...] = ()  # likewise, the first convolution where the images have other channels than RGB
+    left_out: tuple[str, ...] = ()  # in the file, for parts that the model leaves out because nothing reads them
     ema: str = ""  # where in the file the moving average of the weights was, which was loaded
 
     @property
@@ -169,6 +128,10 @@ class Report:
             words += f"; they are the moving average (EMA) that the file has under {self.ema}"
         if self.resized:
             words += f"; {len(self.resized)} rpb tables resized to the model's kernel size"
+        if self.adapted:
+            words += f"; {_some(self.adapted)} adapted from RGB to the model's image channels"
+        if self.left_out:
+            words += f"; {len(self.left_out)} of stages and norms that out_indices leaves out, as expected"
         if self.missing:
             words += f"; {len(self.missing)} not in the file, left as they were: {_some(self.missing, 8)}"
         if self.unexpected:
@@ -186,8 +149,10 @@ def load_backbone(
 ) -> Report:
     """Load a checkpoint into a NAT, DiNAT or DiNAT_s, and log what did not find its place (a warning if there is any).
 
-    Bias tables of another kernel size are resized (see `resize_rpb`), and a moving average (EMA) of the weights is
-    preferred, which the report says. A backbone that returns its last stage alone computes what an ImageNet classifier
+    Bias tables of another kernel size are resized (see `resize_rpb`), the first convolution of an RGB model is adapted
+    to images of other channels (see `fitting.adapt_image_channels`), and a moving average (EMA) of the weights is
+    preferred, which the report says. Stages and norms that the model's `out_indices` leaves out are no difference. A
+    backbone that returns its last stage alone computes what an ImageNet classifier
     does: its output norm is then that of the classifier.
 
     Args:
@@ -202,7 +167,7 @@ def load_backbone(
     """
     checkpoint = read(source, allow_pickle=allow_pickle)
     own, state = model.state_dict(), backbone_state(checkpoint, prefix)
-    last = f"norm{len(_depths(own)) - 1}."
+    last = f"norm{len(_depths(state)) - 1}."
     if {match[0] for match in map(_OUTPUT_NORM.match, own) if match} == {last}:
         whole = bare_state(checkpoint, prefix).items()
         state = {key.replace("norm.", last): value for key, value in whole if key.startswith("norm.")} | state
@@ -212,11 +177,13 @@ def load_backbone(
             f"nothing in {source} fits {family}: the file has {_some(state) or 'no tensors there'}; the model has "
             f"{_some(own)}{_hint(state)}"
         )
-    resized = resize_rpb_to(own, state)
-    report = _compare(state | resized, own, str(source), tuple(resized), ema_wrapper(checkpoint))
+    resized, adapted = fitted(own, state)
+    state |= resized | adapted
+    report = _compare(state, model, str(source), ema_wrapper(checkpoint))
+    report = replace(report, resized=tuple(resized), adapted=tuple(adapted))
     if differences := _differences(state, own) + _shape_differences(report):
         raise ValueError(f"{source} does not fit this {family}: {'; '.join(differences)}{_hint(state)}")
-    model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
+    model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     logger = logger or logging.getLogger(__name__)
     logger.log(logging.INFO if report.complete else logging.WARNING, "%s", report)
     return report
@@ -231,7 +198,8 @@ def load_classifier(
 ) -> Report:
     """Load a checkpoint into an image classifier: all of it, but for a head of other classes, or an error.
 
-    Bias tables of another kernel size are resized (see `resize_rpb`). Where the file's `head` has another number of
+    Bias tables of another kernel size are resized (see `resize_rpb`), and the first convolution of an RGB model is
+    adapted to images of other channels. Where the file's `head` has another number of
     classes, the model keeps its own, which the report says (a warning in the log).
 
     Args:
@@ -245,8 +213,10 @@ def load_classifier(
     """
     checkpoint = read(source, allow_pickle=allow_pickle)
     own, state = model.state_dict(), bare_state(checkpoint)
-    resized = resize_rpb_to(own, state)
-    report = _compare(state | resized, own, str(source), tuple(resized), ema_wrapper(checkpoint))
+    resized, adapted = fitted(own, state)
+    state |= resized | adapted
+    report = _compare(state, model, str(source), ema_wrapper(checkpoint))
+    report = replace(report, resized=tuple(resized), adapted=tuple(adapted))
     classes = [len(tensors["head.weight"]) if "head.weight" in tensors else 0 for tensors in (state, own)]
     heads = []
     if classes[0] != classes[1] and classes[0]:
@@ -257,7 +227,7 @@ def load_classifier(
         )
     if differences := _all_differences(report):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}{_hint(state)}")
-    model.load_state_dict({key: (state | resized)[key] for key in report.loaded}, strict=False)
+    model.load_state_dict({key: state[key] for key in report.loaded}, strict=False)
     logger = logger or logging.getLogger(__name__)
     if heads:
         new = f"the model's for {classes[1]} keeps its random weights" if classes[1] else "the model has none"
@@ -289,10 +259,10 @@ def load_model(
     """
     checkpoint = read(source, allow_pickle=allow_pickle)
     state = tensors(checkpoint, ema=True)
-    report = _compare(state, model.state_dict(), str(source), ema=ema_wrapper(checkpoint))
+    report = _compare(state, model, str(source), ema_wrapper(checkpoint))
     if differences := _all_differences(report):
         raise ValueError(f"{source} does not fit this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(_with_version(state, model))
+    model.load_state_dict(_with_version({key: state[key] for key in report.loaded}, model))
     (logger or logging.getLogger(__name__)).info("%s", report)
     return report
 
@@ -315,20 +285,30 @@ def _with_version(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[
 
 def _compare(
     state: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
+    model: nn.Module,
     source: str,
-    resized: tuple[str, ...] = (),
     ema: str = "",
 ) -> Report:
+    own = model.state_dict()
+    left_out = _left_out(model, [key for key in state if key not in own])
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
     return Report(
         source=source,
         loaded=tuple(key for key, (theirs, ours) in shapes.items() if theirs == ours),
         missing=tuple(key for key in own if key not in state),
-        unexpected=tuple(key for key in state if key not in own),
+        unexpected=tuple(key for key in state if key not in own and key not in left_out),
         mismatched={key: (theirs, ours) for key, (theirs, ours) in shapes.items() if theirs != ours},
-        resized=resized,
+        left_out=left_out,
         ema=ema,
+    )
+
+
+def _left_out(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those names that belong to parts which a backbone in the model leaves out, see `BackboneBase.is_left_out`."""
+    backbones = [(f"{path}." if path else "", module) for path, module in model.named_modules()]
+    tests = [(start, module.is_left_out) for start, module in backbones if hasattr(module, "is_left_out")]
+    return tuple(
+        name for name in names if any(name.startswith(start) and test(name[len(start) :]) for start, test in tests)
     )
 
 

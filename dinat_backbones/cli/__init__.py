@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a detector, a segmentor or a classifier",
     "test": "evaluate a checkpoint, or check that the data is complete",
     "predict": "draw the predictions of a model on images",
+    "attend": "draw where a pixel of an image looks, block by block",
     "config": "write a config of mmdet or mmseg with its backbone replaced",
     "convert": "rewrite a checkpoint in the layout of another framework",
     "export": "export a backbone or a segmentor to ONNX or torch.export",

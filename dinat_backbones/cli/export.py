@@ -1,12 +1,14 @@
-"""Export a backbone or an UPerNet to ONNX or to a torch.export program:
+"""Export a backbone, a classifier or an UPerNet to ONNX or to a torch.export program:
 
     dinat export dinat_tiny --dilations coco --format onnx --size 800x1280 [--dynamic-batch] [--dynamic-size]
+    dinat export dinat_mini --classifier --checkpoint FILE --format onnx --size 224x224
     dinat export upernet_dinat_mini --checkpoint FILE --format pt2 --size 512x512 --check [--out FILE]
 
-MODEL is a backbone (dinat_mini, dinat_s_tiny, ...), a published segmentation model (its name in `dinat_backbones.zoo`)
-or an mmseg config. The exported graph takes normalised images ``[batch, 3, H, W]``, float32; a backbone returns its
-maps `stage0` ... as ``[batch, C_i, H / stride, W / stride]``, a segmentor `logits` ``[batch, classes, H, W]``. It has
-standard operations only. Without a checkpoint the weights are random.
+MODEL is a backbone (dinat_mini, dinat_s_tiny, ...), a published classifier (with --classifier where a backbone has the
+same name), a published segmentation model (its name in `dinat_backbones.zoo`) or an mmseg config. The exported
+graph takes normalised images ``[batch, 3, H, W]``, float32; a backbone returns its maps `stage0` ... as
+``[batch, C_i, H / stride, W / stride]``, a classifier `logits` ``[batch, classes]``, a segmentor `logits`
+``[batch, classes, H, W]``. It has standard operations only. Without a checkpoint the weights are random.
 
 --check runs it (ONNX in onnxruntime), at other sizes too where these are dynamic, compares with eager PyTorch, and says
 how large it is and how long both take. Exit status 1, and no file, if any value is off by more than 1e-4.
@@ -30,6 +32,8 @@ from torch.nn import functional as F
 import dinat_backbones
 
 from .. import zoo
+from ..checkpoint import read
+from ..checkpoint.loading import bare_state
 from .common import atomic_write, load_config, stop
 
 TOLERANCE = 1e-4
@@ -86,13 +90,15 @@ class Segmentor(nn.Module):
         return F.interpolate(logits, size=x.shape[2:], mode="bilinear", align_corners=self.head.align_corners)
 
 
-def build(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
+def build(name: str, dilations: str | None, checkpoint: str | None, classifier: bool = False) -> Exported:
     """The model of MODEL, for inference.
 
     Raises:
         ExportError: unknown names, packages that are missing, a checkpoint that does not fit.
     """
     try:
+        if classifier or (name in zoo.CLASSIFICATION and name not in zoo.ARCHS):
+            return _classifier(name, dilations, checkpoint)
         if name in zoo.ARCHS:
             return _backbone(name, dilations, checkpoint)
         if dilations:
@@ -104,7 +110,8 @@ def build(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
 
 def _backbone(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
     if dilations is None and zoo.ARCHS[name].family != "NAT":
-        raise ExportError(f"{name} needs --dilations, one of: {', '.join(zoo.DILATION_SETTINGS)}")
+        also = "; the classifier of that name is exported with --classifier" if name in zoo.CLASSIFICATION else ""
+        raise ExportError(f"{name} needs --dilations, one of: {', '.join(zoo.DILATION_SETTINGS)}{also}")
     family = getattr(dinat_backbones, zoo.ARCHS[name].family)
     model = family(arch=name, dilations=dilations)
     if checkpoint:
@@ -114,6 +121,18 @@ def _backbone(name: str, dilations: str | None, checkpoint: str | None) -> Expor
     else:
         _randomise_bias(model)
     return Exported(model.eval(), tuple(f"stage{i}" for i in model.out_indices))
+
+
+def _classifier(name: str, dilations: str | None, checkpoint: str | None) -> Exported:
+    overrides = {"dilations": dilations} if dilations else {}
+    classes = None
+    if checkpoint:  # which may have been trained for other classes
+        head = bare_state(read(checkpoint)).get("head.weight")
+        classes = None if head is None else len(head)
+    model = dinat_backbones.create_classifier(name, classes, pretrained=checkpoint or False, **overrides)
+    if not checkpoint:
+        _randomise_bias(model)
+    return Exported(model.eval(), ("logits",))
 
 
 def _segmentor(name: str, checkpoint: str | None) -> Exported:
@@ -271,7 +290,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "model", metavar="MODEL|CONFIG", help="a backbone, a published segmentation model, an mmseg config"
+        "model",
+        metavar="MODEL|CONFIG",
+        help="a backbone, a published classifier or segmentation model, an mmseg config",
+    )
+    parser.add_argument(
+        "--classifier", action="store_true", help="MODEL is a classifier, not the backbone of that name"
     )
     parser.add_argument(
         "--dilations",
@@ -298,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write, load = FORMATS[args.format]
     begin = time.perf_counter()
     try:
-        exported = build(args.model, args.dilations, args.checkpoint)
+        exported = build(args.model, args.dilations, args.checkpoint, args.classifier)
         graph = program(exported, args.size, args.dynamic_batch, args.dynamic_size)
         with atomic_write(out) as partial:
             words = write(exported, graph, args.opset, partial)

@@ -1,6 +1,7 @@
 """Runs the train and test scripts that mmdet, mmseg and mmpretrain install, after checking what their tracebacks
 explain badly."""
 
+import argparse
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
             stop(f"{'config' if word.endswith('.py') else 'checkpoint'} {word} is not there")
         config = config or (word if word.endswith(".py") else None)
     cfg = load_config(config, import_custom_modules=False) if config else None
+    if cfg:
+        _merge_options(cfg, words)
+        _check_slide(cfg)
     scope = cfg.get("default_scope", "mmdet") if cfg else "mmdet"  # without a config: prints mmdet's help
     spec = find_spec(scope)
     path = Path(spec.origin or "").parent / ".mim" / "tools" / script if spec else None
@@ -42,6 +46,30 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
         stop(f'{scope} with its packaged tools is not installed: pip install "dinat_backbones[openmmlab]"')
     sys.argv[1:] = _without_gpu(prepare(scope, cfg, words), cfg)
     runpy.run_path(str(path), run_name="__main__")
+
+
+def _merge_options(cfg: Any, words: list[str]) -> None:
+    """Puts the `--cfg-options` of the command line into a config, as the frameworks' scripts will do."""
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser(prog=sys.argv[0], add_help=False, allow_abbrev=False)
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction)
+    options = parser.parse_known_args(words)[0].cfg_options
+    if options:
+        cfg.merge_from_dict(options)
+
+
+def _check_slide(cfg: Any) -> None:
+    model = cfg.get("model") or {}
+    head = model.get("decode_head") or {}
+    slides = (model.get("test_cfg") or {}).get("mode") in ("slide", "slide_flip")
+    padded = (model.get("data_preprocessor") or {}).get("test_cfg")
+    if slides and padded and "MaskFormerHead" in str(head.get("type")).replace("Mask2F", "MaskF"):
+        stop(
+            f"model.test_cfg.mode='slide' with {head['type']} and model.data_preprocessor.test_cfg={dict(padded)}: "
+            "mmseg would resize the masks of each crop to the padded image; add --cfg-options "
+            "model.data_preprocessor.test_cfg=None, which leaves images unpadded, or use mode='whole'"
+        )
 
 
 def _without_gpu(words: list[str], cfg: Any) -> list[str]:

@@ -6,7 +6,8 @@
 
 CONFIG is a Python file of mmdet or mmseg, or a YAML file of Detectron2. Draws instances with boxes and masks, panoptic
 or semantic maps, whatever the model predicts; --task chooses one of Mask2Former in Detectron2, by default the first
-that the config turns on. Images keep their names, and their places below FOLDER. Images that the out folder already
+that the config turns on. Images keep their names, and their places below FOLDER; of a GIF the
+first frame is drawn, as NAME.gif.png. Images that the out folder already
 has are skipped without --force, so that an interrupted run continues where it stopped. An image that cannot be read is
 reported, and the others are done.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from .common import UnreadableImageError, stop
 from .config import add_backbone_options, with_backbone_written
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 TASKS = ("panoptic", "instance", "semantic")
 
 # Draws the predictions for an image, given its path and the path of the drawing, and returns a summary of what was
@@ -75,7 +76,7 @@ def draw_all(args: argparse.Namespace, load: Callable[[], Predictor]) -> None:
     images = find_images(args.images)
     if not images:
         stop(f"{args.images}: {'no images there' if args.images.is_dir() else 'not there'}")
-    targets = {path: args.out / path.relative_to(root) for path in images}
+    targets = {path: args.out / drawing_name(path.relative_to(root)) for path in images}
     if any(target.resolve() == path.resolve() for path, target in targets.items()):
         stop(f"--out {args.out} is where the images are; name another folder")
     to_do = [path for path in images if args.force or not targets[path].exists()]
@@ -101,6 +102,11 @@ def draw_all(args: argparse.Namespace, load: Callable[[], Predictor]) -> None:
         )
     if failed:
         sys.exit(f"{len(failed)} of {len(to_do)} images could not be read")
+
+
+def drawing_name(path: Path) -> Path:
+    """Where the drawing of an image goes: under its own name, but for GIFs, which few programs write."""
+    return path.with_name(f"{path.name}.png") if path.suffix.lower() == ".gif" else path
 
 
 def find_images(path: Path) -> list[Path]:

@@ -74,7 +74,7 @@ def load_predictor(
     def predict(path: Path, target: Path) -> str:
         try:
             image = read_image(str(path), "BGR")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:
             raise UnreadableImageError(error) from error
         results = {name: value.to("cpu") if hasattr(value, "to") else value for name, value in infer(image).items()}
         name = next(name for name in RESULTS.values() if name in results)

@@ -20,35 +20,18 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
         SystemExit: the config does not exist, or mmengine is not installed.
         FileNotFoundError, ValueError: the checkpoint does not exist or does not fit the model.
     """
-    cfg = load_config(config)
-    import mmcv
+    cfg, model, pipeline = load_model(config, checkpoint, device)
     import torch
-    from mmcv.transforms import Compose
-    from mmengine.model import revert_sync_batchnorm
-    from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+    from mmengine.registry import DATASETS, VISUALIZERS
 
-    from ..checkpoint import load_model
-
-    init_default_scope(cfg.get("default_scope", "mmdet"))
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    load_model(model, checkpoint)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     dataset = cfg.test_dataloader.dataset
-    steps = [step for step in dataset.pipeline if not step.type.rpartition(".")[2].startswith("Load")]
-    pipeline = Compose(steps)
     visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None, save_dir=None))
     metainfo = DATASETS.build(dict(dataset, lazy_init=True, pipeline=[])).metainfo
     visualizer.dataset_meta = {"palette": "random"} | {key: value for key, value in metainfo.items() if value}
 
     def predict(path: Path, target: Path) -> str:
-        try:
-            image = mmcv.imread(str(path))
-        except OSError as error:
-            raise UnreadableImageError(error) from error
-        if image is None:
-            raise UnreadableImageError("not an image, or damaged")
-        size = image.shape[:2]
-        data = pipeline(dict(img=image, img_path=str(path), img_id=0, img_shape=size, ori_shape=size))
+        image = read_image(path)
+        data = pipeline(image_dict(image, path))
         with torch.no_grad():
             (result,) = model.test_step({key: [value] for key, value in data.items()})
         threshold = {"pred_score_thr": score} if "pred_instances" in result else {}
@@ -59,6 +42,54 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
         return describe(result, metainfo["classes"], score)
 
     return predict
+
+
+def load_model(config: str, checkpoint: str, device: str | None = None) -> tuple[Any, Any, Any]:
+    """The config, its model with the weights of a checkpoint, ready to predict, and what prepares an `image_dict` for
+    it; arguments and errors as of `load_predictor`."""
+    cfg = load_config(config)
+    import torch
+    from mmcv.transforms import Compose
+    from mmengine.model import revert_sync_batchnorm
+    from mmengine.registry import MODELS, init_default_scope
+
+    from .. import checkpoint as checkpoints
+
+    init_default_scope(cfg.get("default_scope", "mmdet"))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    checkpoints.load_model(model, checkpoint)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    steps = cfg.test_dataloader.dataset.pipeline
+    return cfg, model, Compose([step for step in steps if not step.type.rpartition(".")[2].startswith("Load")])
+
+
+def image_dict(image: Any, path: Path) -> dict[str, Any]:
+    """An image as the loading steps of a pipeline leave it."""
+    size = image.shape[:2]
+    return dict(img=image, img_path=str(path), img_id=0, img_shape=size, ori_shape=size)
+
+
+def read_image(path: Path) -> Any:
+    """An image ``[H, W, 3]`` (uint8, BGR); of a GIF the first frame.
+
+    Raises:
+        UnreadableImageError: it is not one, or damaged, or empty.
+    """
+    import cv2
+    import mmcv
+    import numpy as np
+    from PIL import Image
+
+    try:
+        image = mmcv.imread(str(path))
+    except (OSError, cv2.error):  # the latter for an empty file
+        image = None
+    if image is None:  # such as a GIF, which OpenCV reads since 4.11 where it was built so
+        try:
+            image = np.asarray(Image.open(path).convert("RGB"))[..., ::-1]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UnreadableImageError("not an image, or damaged") from error
+    return np.ascontiguousarray(image)
 
 
 def describe(result: Any, classes: Any, score: float) -> str:

@@ -131,9 +131,19 @@ def _run(
     backend: str | None,
 ) -> torch.Tensor:
     chosen = _choose(qkv, rpb, kernel_size, dilation, scale, backend)
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        _check_legacy_exporter(backend)
     if len(qkv) == 1 and not chosen.takes_packed_qkv:
         qkv = qkv[0].unbind(3)
     return chosen.attention(qkv, rpb, kernel_size, dilation, scale)
+
+
+def _check_legacy_exporter(backend: str | None) -> None:
+    if backend not in ("exportable", "reference"):  # plain operations, which a trace may hold
+        raise RuntimeError(
+            "the legacy ONNX exporter cannot export this op: use torch.onnx.export(..., dynamo=True) or `dinat export "
+            "--format onnx`, which keep sizes open; a model built with backend='exportable' passes it for one size"
+        )
 
 
 def _choose(

@@ -33,15 +33,37 @@ def _na2d(qkv: Sequence[torch.Size], rpb: torch.Size | None, kernel_size: int, *
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)
 
 
+def _na2d_backward(grad_out: torch.Size, out: Any, lse: Any, *call: Any, **kwargs: object) -> int:
+    """As torch counts the backward pass of its own attention: the logits once more, then four products."""
+    batch, height, width, heads, head_dim = grad_out
+    rpb: torch.Size | None = call[1]
+    kernel_size: int = call[2]
+    tokens = batch * height * width
+    products = 5 * attention_macs(tokens, heads, head_dim, kernel_size, bias=False) // 2
+    return 2 * (products + 2 * (rpb is not None) * tokens * heads * kernel_size**2)  # bias, and its gradient
+
+
 def _layer_norm(shape: torch.Size, *args: object, **kwargs: object) -> int:
     return 2 * 5 * shape.numel()
 
 
-_OPS = [backend.op.overloadpacket for backend in BACKENDS.values() if isinstance(backend, CompiledBackend)]
+def _traced_na2d(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+    """A handle of fvcore and mmengine, which count MACs in traced graphs: see `attention_macs`."""
+    batch, height, width, heads, head_dim = outputs[0].type().sizes()
+    bias = inputs[1].type().kind() == "TensorType"
+    return attention_macs(batch * height * width, heads, head_dim, inputs[2].toIValue(), bias)
+
+
+_BACKENDS = [backend for backend in BACKENDS.values() if isinstance(backend, CompiledBackend)]
 # For everyone who uses torch's counter. What `register_flop_formula` is given for ops that are not torch's own is not
 # found again in torch 2.3.
-flop_registry.update(dict.fromkeys(_OPS, shape_wrapper(_na2d)))
+flop_registry.update({backend.op.overloadpacket: shape_wrapper(_na2d) for backend in _BACKENDS})
+flop_registry.update({backend.backward_op.overloadpacket: shape_wrapper(_na2d_backward) for backend in _BACKENDS})
 _FORMULAS = {torch.ops.aten.native_layer_norm: _layer_norm}
+# For `set_op_handle` of mmengine's FlopAnalyzer and fvcore's FlopCountAnalysis. Adapters put them among the defaults.
+TRACED_OPS: dict[str, Callable[..., Any]] = {
+    f"dinat_backbones::na2d_{backend.name}": _traced_na2d for backend in _BACKENDS
+}
 
 
 def count_macs(function: Callable[..., Any], *args: Any) -> int:

@@ -8,7 +8,7 @@ import torch
 import dinat_backbones
 from dinat_backbones.cli import export
 from dinat_backbones.ops import padding, symbolic
-from helpers import draw, fill_by_name, run, sample
+from helpers import assert_near, draw, fill_by_name, run, sample
 
 SMALL = dict(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[5], [2]], mlp_ratio=2.0)
 needs_export = pytest.mark.skipif(
@@ -64,6 +64,43 @@ def test_fixed_size_through_the_tool(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="nothing was written"):
         export.main(["dinat_mini", "--size", "40x70", "--check", "--out", str(wrong)])
     assert not any(wrong.parent.iterdir())
+
+
+@needs_export
+def test_classifiers(tmp_path, capsys):
+    """With the head of a file for other classes; logits are those of the classifier."""
+    runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
+    torch.manual_seed(0)
+    classifier = dinat_backbones.create_classifier("dinat_mini", 7).eval()
+    torch.save(classifier.state_dict(), tmp_path / "file.pth")
+    words = ["--checkpoint", str(tmp_path / "file.pth"), "--size", "64x96", "--out", str(tmp_path / "model.onnx")]
+    export.main(["dinat_mini", "--classifier", *words])
+    assert "opset 18" in capsys.readouterr().out
+    image = torch.randn(1, 3, 64, 96)
+    (logits,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(["logits"], {"image": image.numpy()})
+    with torch.no_grad():
+        assert_near([torch.from_numpy(logits)], [classifier(image)], 1e-4)
+    names = export.build("nat_isotropic_small", None, None).outputs, export.build("nat_mini", None, None, True).outputs
+    assert names == (("logits",), ("logits",))
+    with pytest.raises(export.ExportError, match="the classifier of that name is exported with --classifier"):
+        export.build("dinat_mini", None, None)
+
+
+def test_the_legacy_exporter_names_the_way_out(tmp_path):
+    pytest.importorskip("onnx", reason='onnx is missing: pip install "dinat_backbones[export]"')
+    kwargs = {} if torch.__version__ < "2.5" else dict(dynamo=False)
+    model, image = small("DiNAT").model, torch.randn(1, 3, 64, 80)
+    with pytest.raises(
+        RuntimeError, match=r"legacy ONNX exporter .* use torch.onnx.export\(..., dynamo=True\) or `dinat"
+    ):
+        torch.onnx.export(model, (image,), str(tmp_path / "model.onnx"), **kwargs)
+    fixed = dinat_backbones.DiNAT(**SMALL, backend="exportable").eval()
+    torch.onnx.export(fixed, (image,), str(tmp_path / "model.onnx"), opset_version=17, **kwargs)
+    runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    got = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    with torch.no_grad():
+        assert_near([torch.from_numpy(value) for value in got], fixed(image), 1e-4)
 
 
 def test_nothing_changes_without_export():

@@ -84,6 +84,25 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("kind", ["instances", "semantic"])
+def test_empty_files_are_reported_and_gifs_drawn(tmp_path, images, kind, capsys):
+    """A file of no bytes among them is reported, and the others are done; a GIF is read as PIL reads it."""
+    config, checkpoint = saved_model(tmp_path, kind)
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    (folder / "b.gif.png").write_bytes((images / "below/b.png").read_bytes()[:30])
+    Image.open(images / "below/b.png").convert("P").save(folder / "c.gif")
+    (folder / "d.png").write_bytes((images / "below/b.png").read_bytes())
+    words = map(str, (folder, "--config", config, "--checkpoint", checkpoint, "--out", out, "--device", "cpu"))
+    with pytest.raises(SystemExit, match="2 of 4 images could not be read"):
+        predict.main([*words])
+    lines = capsys.readouterr().out.splitlines()
+    assert [": NOT READ: not an image, or damaged" in line for line in lines[-4:]] == [True, True, False, False]
+    assert {path.name for path in out.iterdir()} == {"c.gif.png", "d.png"}
+    assert pixels(out / "c.gif.png").shape == pixels(folder / "c.gif").shape
+
+
 def saved_model(folder, kind, change=lambda model: None):
     """Config and checkpoint of a small model with random weights; `change` may alter them."""
     config, checkpoint = folder / "config.py", folder / "model.pth"

@@ -28,6 +28,9 @@ except ModuleNotFoundError as error:
         name="detectron2",
     ) from error
 
+from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS
+
+from ...ops.flops import TRACED_OPS
 from .backbone import (
     D2NAT,
     FURTHER_DEFAULTS,
@@ -40,6 +43,8 @@ from .backbone import (
     build_nat_fpn_backbone,
 )
 from .checkpointer import Checkpointer
+
+_DEFAULT_SUPPORTED_OPS.update(TRACED_OPS)  # FlopCountAnalysis, Detectron2's analyze_model.py
 
 __all__ = [
     "FURTHER_DEFAULTS",

@@ -36,8 +36,10 @@ def add_dinat_config(cfg: CfgNode) -> None:
 
     The keys are the published ones, by which the original YAML files load unchanged, and LAYER_SCALE, FROZEN_STAGES and
     WITH_CP; see `dinat_backbones.NAT` for what each does. OUT_FEATURES names stages: res2 (stride 4) to res5 (32).
+    SOLVER.LAYER_DECAY, 1.0 by default, is read by this package's trainer: `layer_decay` of `optim.layer_scales`.
     """
     cfg.MODEL.DINAT = CfgNode(PUBLISHED_DEFAULTS | FURTHER_DEFAULTS)
+    cfg.SOLVER.LAYER_DECAY = 1.0
 
 
 class _Detectron2Backbone:

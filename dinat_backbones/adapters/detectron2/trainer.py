@@ -24,6 +24,7 @@ from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from detectron2.utils import comm
 
+from ...optim import layer_scales
 from .checkpointer import Checkpointer
 from .maskformer_compat import mask2former
 from .resumable_loader import SeedSteps, build_loader
@@ -173,11 +174,13 @@ class Trainer(DefaultTrainer):
 
 def parameter_groups(cfg: Any, model: torch.nn.Module) -> list[dict[str, Any]]:
     """Groups for an optimizer, as few as possible: the learning rate of the backbone is BACKBONE_MULTIPLIER times the
-    others', norms decay by WEIGHT_DECAY_NORM, embeddings by WEIGHT_DECAY_EMBED, all else by WEIGHT_DECAY.
+    others' and decays by LAYER_DECAY from layer to layer (see `optim.layer_scales`), norms have
+    WEIGHT_DECAY_NORM, embeddings WEIGHT_DECAY_EMBED, all else WEIGHT_DECAY.
 
     The bias tables `rpb` decay as all else, as in the original trainer; the recipes of the detectors do not decay them.
     """
     solver = cfg.SOLVER
+    scales = layer_scales(model, solver.get("LAYER_DECAY", 1.0))
     groups = []
     seen = set()
     for module_name, module in model.named_modules():
@@ -187,8 +190,9 @@ def parameter_groups(cfg: Any, model: torch.nn.Module) -> list[dict[str, Any]]:
         elif isinstance(module, torch.nn.Embedding):
             decay = solver.WEIGHT_DECAY_EMBED
         factor = solver.BACKBONE_MULTIPLIER if "backbone" in module_name else 1.0
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
-                groups.append(dict(params=[parameter], lr=solver.BASE_LR * factor, weight_decay=decay))
+                scale = factor * scales[f"{module_name}.{name}" if module_name else name]
+                groups.append(dict(params=[parameter], lr=solver.BASE_LR * scale, weight_decay=decay))
     return reduce_param_groups(groups)

@@ -95,7 +95,8 @@ def published_config(name: str, **overrides: Any) -> NatConfig:
 
     Args:
         name: of a NAT or DiNAT in `zoo.CLASSIFICATION`: "nat_mini", "dinat_large_384_11x11", ...
-        overrides: further arguments of `NatConfig` or `DinatConfig`; without `num_labels` there are 1000 classes.
+        overrides: further arguments of `NatConfig` or `DinatConfig`; without `num_labels` there are 1000 classes, which
+            have ImageNet's names (`id2label`) where timm is installed, which has them.
 
     Raises:
         ValueError: there is no such model, or transformers has no form for it (DiNAT_s and the isotropic models).
@@ -117,4 +118,18 @@ def published_config(name: str, **overrides: Any) -> NatConfig:
     )
     if row.dilations:
         kwargs["dilations"] = [list(stage) for stage in zoo.dilations(row.arch, row.dilations) or ()]
+    if not overrides.keys() & {"num_labels", "id2label", "label2id"}:
+        kwargs |= _imagenet_names(row.num_classes)
     return families[row.arch.rpartition("_")[0]](**(kwargs | overrides))
+
+
+def _imagenet_names(classes: int) -> dict[str, Any]:
+    """`id2label` and `label2id` of ImageNet-1k ("tabby, tabby cat" is 281); empty without a timm that has them."""
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        return {}
+    info = ImageNetInfo()
+    names = [info.index_to_description(index) for index in range(classes)]
+    # two classes are called crane, two maillot: the last ones count in label2id, as in transformers' own files
+    return dict(id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)})

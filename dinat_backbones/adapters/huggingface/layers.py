@@ -87,8 +87,8 @@ class NatSelfAttention(NeighborhoodAttention2D):
         self.proj = nn.Identity()  # type: ignore[assignment]  # `NatAttention` has it
 
     def _project(self, x):
-        heads = (*x.shape[:3], self.num_heads, self.head_dim)
-        return tuple(projection(x).view(heads) for projection in (self.query, self.key, self.value))
+        heads = (self.num_heads, self.head_dim)
+        return tuple(projection(x).unflatten(-1, heads) for projection in (self.query, self.key, self.value))
 
 
 class NatOutput(nn.Module):
@@ -201,7 +201,7 @@ class NatEncoder(nn.Module):
         dilations: Any = [[1] * depth for depth in config.depths]
         if config.model_type == "dinat":
             dilations = config.dilations
-        BackboneBase.check_arguments(config.depths, config.num_heads, dilations, (), -1)
+        BackboneBase.check_arguments(config.depths, config.num_heads, dilations, -1)
         drop_path = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.levels = nn.ModuleList()
         for i, (heads, stage) in enumerate(zip(config.num_heads, dilations, strict=True)):

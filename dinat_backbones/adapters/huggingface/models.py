@@ -1,5 +1,6 @@
 """The models that transformers published: bare, with a classifier, and as a backbone of other models."""
 
+import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,10 +10,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from ...checkpoint.fitting import RGB, adapt_image_channels
 from .configuration import DinatConfig, NatConfig
 from .layers import NatEmbeddings, NatEncoder, NatLayer, NatSelfAttention
+
+logger = logging.get_logger(__name__)
+# Arguments of from_pretrained that say where the files are
+_WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -58,6 +65,46 @@ class NatPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.rpb, std=self.config.initializer_range)
         elif isinstance(module, NatLayer) and module.layer_scale_parameters is not None:
             init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. With a `num_channels` (an argument, or of a `config`) that is not that of the file's RGB
+        model, its first convolution is adapted to these images by `checkpoint.fitting.adapt_image_channels`."""
+        config = kwargs.get("config")
+        given = config.num_channels if isinstance(config, NatConfig) else None
+        wanted = kwargs.get("num_channels", given)
+        if wanted in (None, RGB):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+        if cls.config_class.from_pretrained(pretrained_model_name_or_path, **where).num_channels != RGB:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if given is not None:
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].num_channels = RGB
+        if "num_channels" in kwargs or given is None:
+            kwargs["num_channels"] = RGB
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model._adapt_image_channels(wanted)
+        logger.warning(
+            "the first convolution of %s is adapted from RGB to images of %d channels",
+            pretrained_model_name_or_path,
+            wanted,
+        )
+        return loaded
+
+    def _adapt_image_channels(self, channels: int) -> None:
+        patches: Any = self.get_input_embeddings()
+        old = patches.projection[0]
+        new = nn.Conv2d(channels, old.out_channels, 3, stride=2, padding=1).to(old.weight)
+        with torch.no_grad():
+            new.weight.copy_(adapt_image_channels(old.weight, channels))
+            new.bias.copy_(old.bias)  # type: ignore[union-attr]
+        patches.projection[0] = new.train(old.training)
+        patches.num_channels = channels
+        for module in self.modules():
+            if isinstance(module, NatPreTrainedModel):
+                module.config.num_channels = channels
 
     def get_input_embeddings(self) -> nn.Module:
         model: Any = getattr(self, self.base_model_prefix, self)

@@ -1,5 +1,7 @@
 """The backbones in mmengine's registry, with `init_cfg` and `pretrained`."""
 
+import importlib
+import sys
 from typing import Any
 
 from mmengine.logging import MMLogger
@@ -19,6 +21,9 @@ class CheckpointInitMixin:
     """
 
     def __init__(self, *args: Any, pretrained: str | None = None, init_cfg: Any = None, **kwargs: Any):
+        cfgs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or [])
+        for source in (pretrained, *(cfg.get("checkpoint") for cfg in cfgs)):
+            _check_source(source, type(self).__name__)
         if pretrained is not None and init_cfg is not None:
             raise ValueError(
                 f"both pretrained={pretrained!r} and init_cfg={init_cfg!r} were given to {type(self).__name__}; use "
@@ -53,6 +58,17 @@ class CheckpointInitMixin:
         self.is_init = True
 
 
+def _check_source(source: Any, name: str) -> None:
+    """ValueError where weights of another backbone are left in a base config."""
+    scheme = source.partition("://")[0] if isinstance(source, str) and "://" in source else ""
+    if scheme not in ("", "http", "https"):
+        raise ValueError(
+            f"{source!r} has no weights of a {name}; if it is left from another backbone in a base config, set "
+            "model.pretrained=None and _delete_=True in model.backbone, and give the weights as "
+            'init_cfg=dict(type="Pretrained", checkpoint=...)'
+        )
+
+
 # force: importing this file a second time (a reload, a second path to it) registers the same names again
 
 
@@ -80,3 +96,10 @@ class DiNAT(CheckpointInitMixin, backbone.DiNAT, BaseModule):
 @MODELS.register_module(force=True)
 class DiNAT_s(CheckpointInitMixin, backbone.DiNAT_s, BaseModule):
     """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""
+
+
+# `type="mmdet.DiNAT"` asks mmdet's own registry
+for _framework in ("mmdet", "mmseg", "mmpretrain"):
+    if _framework in sys.modules:
+        for _backbone in (NAT, DiNAT, DiNAT_s):
+            importlib.import_module(f"{_framework}.registry").MODELS.register_module(module=_backbone, force=True)

@@ -1,14 +1,18 @@
 """Files that mmengine loads (`load_from`, `--resume`, `init_cfg` of any module) pass the reader of `checkpoint`, which
 runs nothing that they bring."""
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, runner
 
-from ...checkpoint import Inert, read
+from ...backbone import BackboneBase
+from ...checkpoint import Inert, huggingface, read
+from ...checkpoint.loading import tensors
 
 
 def load(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -45,3 +49,30 @@ def _number(value: Any) -> Any:
 def register() -> None:
     """For local files and addresses; mmengine's other schemes (open-mmlab://, s3://, ...) stay its own."""
     CheckpointLoader.register_scheme(prefixes=("", "http://", "https://"), loader=load, force=True)
+
+
+def refuse_backbones_alone() -> None:
+    """Makes mmengine's Runner stop at a `load_from` that holds a backbone alone, such as a classification file: it
+    would find no tensor of a detector in it, warn of hundreds of names, and train from random weights."""
+    plain = runner._load_checkpoint_to_model
+    if not hasattr(plain, "__wrapped__"):
+        runner._load_checkpoint_to_model = _checked(plain)
+
+
+def _checked(plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def load_checkpoint_to_model(model: torch.nn.Module, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        found = next(((path, m) for path, m in model.named_modules() if isinstance(m, BackboneBase)), None)
+        if found and found[0]:
+            path, backbone = found
+            state = tensors(checkpoint)
+            alone = backbone.state_dict().keys() & state.keys() or huggingface.find_prefix(state) is not None
+            if alone and not model.state_dict().keys() & state.keys():
+                raise ValueError(
+                    f"load_from: the file has a backbone alone and no tensor of this {type(model).__name__}, which "
+                    f"would keep random weights; give the file to the backbone instead: model.{path}.init_cfg="
+                    'dict(type="Pretrained", checkpoint=FILE), and load_from=None'
+                )
+        return plain(model, checkpoint, *args, **kwargs)
+
+    return load_checkpoint_to_model

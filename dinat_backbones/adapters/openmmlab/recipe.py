@@ -32,7 +32,8 @@ def set_optimizer(cfg: Config, named: zoo.Arch) -> None:
         _scale_eta_min(cfg.get("param_scheduler"), published.optimizer.lr / optimizer.lr)
         wrapper.optimizer = copy.deepcopy(published.optimizer)
         groups = {key: value for key, value in groups.items() if key == "custom_keys"}  # the others were for SGD
-    if "Decay" in str(wrapper.get("constructor")):  # by layers that it knows of other backbones alone
+    constructor = str(wrapper.get("constructor"))
+    if "Decay" in constructor and "LayerDecayOptimWrapper" not in constructor:  # by layers of other backbones alone
         del wrapper["constructor"]
         groups = {}
     keys = dict(groups.get("custom_keys") or {})
