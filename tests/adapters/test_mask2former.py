@@ -91,6 +91,11 @@ def test_original_yaml_loads(tmp_path):
         get_config("nowhere.yaml")
 
 
+def test_shipped_yaml_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_config(str(DEMO.relative_to(ROOT))) == get_config(str(DEMO))
+
+
 # --------------------------------------------------------------------------------------------- Mask2Former's releases
 
 

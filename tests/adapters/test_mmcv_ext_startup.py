@@ -36,7 +36,7 @@ def site_packages(tmp_path_factory):
 def copy_of_sources(folder):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "model-index.yml", "dinat_mmcv_finder.py"):
         shutil.copy(ROOT / name, folder)
-    for name in ("configs", "dinat_backbones"):
+    for name in ("configs", "dinat_backbones", "mask2former"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
