@@ -29,7 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("Mask R-CNN", "Cascade", "RetinaNet", "DINO", "UPerNet", "Mask2Former")
 OTHERS = ("configs", "timm", "huggingface", "export")
-ORIGINAL = ("mmcv==2.1.0", "mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2", "ftfy", "regex")
+# of OpenMMLab; the last three are imported but not declared
+ORIGINAL = (
+    *("mmcv==2.1.0", "mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2"),
+    *("ftfy", "regex", "setuptools<81"),
+)
 
 
 @dataclass(frozen=True)

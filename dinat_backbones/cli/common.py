@@ -94,6 +94,7 @@ def load_config(name: str, **keywords: Any) -> Any:
 
     Raises:
         SystemExit: the file does not exist, or mmengine is not installed.
+        ImportError: mmcv is missing, of another version than 2, or compiled for another torch.
     """
     path = resolve_config(name)
     try:
@@ -102,6 +103,8 @@ def load_config(name: str, **keywords: Any) -> Any:
         if error.name != "mmengine":
             raise
         stop('mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
-    from ..adapters import openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators where mmcv lacks them
+    from ..adapters import mmcv_ext, openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators
+
+    mmcv_ext.check_installation()
 
     return Config.fromfile(str(path), **keywords)
