@@ -116,10 +116,8 @@ def build(uv: str, folder: Path) -> dict[str, Path]:
 
 def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Path, keep: bool) -> dict:
     """Results of one pair, from `folder` if they are there: {"versions": ..., "checks": {name: error or None}}."""
-    with zipfile.ZipFile(packages["wheel"]) as wheel:
-        contents = sorted((entry.filename, entry.CRC) for entry in wheel.infolist())
     script = ROOT / "tools" / "check_models.py"
-    key = str(zlib.crc32(repr((contents, astuple(pair), script.read_text())).encode()))
+    key = str(zlib.crc32(repr((contents(packages["wheel"]), astuple(pair), script.read_text())).encode()))
     stamp, results = folder / "fingerprint", folder / "results.json"
     if not stamp.is_file() or stamp.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -150,6 +148,14 @@ def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Pat
         if not keep:
             shutil.rmtree(folder / "env", ignore_errors=True)
     return found
+
+
+def contents(package: Path) -> list[tuple[str, int]]:
+    """Checksums of what is in a wheel, and of its metadata without README.md."""
+    with zipfile.ZipFile(package) as wheel:
+        files = [entry for entry in wheel.infolist() if ".dist-info/" not in entry.filename]
+        metadata = [wheel.read(name).partition(b"\n\n")[0] for name in wheel.namelist() if name.endswith("/METADATA")]
+    return sorted((file.filename, file.CRC) for file in files) + [("METADATA", zlib.crc32(b"".join(metadata)))]
 
 
 def install(uv: str, pair: Pair, package: Path, target: Path, log: object) -> tuple[Path, dict[str, str]]:

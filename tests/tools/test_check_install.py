@@ -16,6 +16,7 @@ def runs(tmp_path, monkeypatch):
 
     class Runs(list):
         results: dict = {}
+        code = readme = ""
 
         def __call__(self, *names):
             monkeypatch.setattr("sys.argv", ["check_install.py", *names, "--out", str(tmp_path / "out")])
@@ -26,7 +27,8 @@ def runs(tmp_path, monkeypatch):
     def build(uv, folder):
         folder.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(folder / "package.whl", "w") as wheel:
-            wheel.writestr("dinat_backbones/__init__.py", "")
+            wheel.writestr("dinat_backbones/__init__.py", runs.code)
+            wheel.writestr("dinat_backbones.dist-info/METADATA", f"Name: x\n\n{runs.readme}")
         return dict.fromkeys(("wheel", "sdist"), folder / "package.whl")
 
     def follow(command, folder, environment, log):
@@ -49,6 +51,14 @@ def test_finished_pairs_are_not_repeated(runs, tmp_path, capsys):
     row = f"| 3.11.7 | 2.11.0 | 2.4.6 | onedl-mmcv 2.3.6 | {yes} | 0 |"
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == [row, row]
     assert row in capsys.readouterr().out.split("3.13-newest\n")[1].splitlines()
+
+
+def test_a_change_of_the_package_repeats_a_pair_and_one_of_its_readme_does_not(runs):
+    assert runs("3.13-newest") == 0
+    runs.readme = "with the new table"
+    assert runs("3.13-newest") == 0 and len(runs) == 1
+    runs.code = "import torch"
+    assert runs("3.13-newest") == 0 and len(runs) == 2
 
 
 def test_failures_are_in_the_table_and_repeated(runs, capsys):
