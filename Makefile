@@ -37,7 +37,8 @@ test-classic: setup-classic
 	.venv-classic/bin/python $(PYTEST) tests/ops tests/checkpoint tests/adapters tests/configs tests/test_attention.py \
 		tests/test_backbone.py tests/test_classifier.py tests/test_optim.py --ignore tests/adapters/test_swap.py \
 		--ignore tests/adapters/test_swap_catalogue.py \
-		tests/cli/test_commands.py tests/cli/test_prepare.py tests/cli/test_validate.py
+		tests/cli/test_commands.py tests/cli/test_prepare.py tests/cli/test_validate.py \
+		"tests/docs/test_snippets.py::test_snippets_run[docs/frameworks/detectron2.md]"
 
 lint: setup
 	.venv/bin/ruff check .

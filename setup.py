@@ -71,14 +71,16 @@ def write_startup_file(folder):
 
 
 class BuildWithConfigs(build_py):
-    """Adds configs/ and their index, in the place where mim and mmengine look for them in an installed package."""
+    """Adds the configs in the place where mim and mmengine look for them in an installed package, with their index;
+    those of Detectron2 are beside them."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
             write_startup_file(self.build_lib)
             mim = f"{self.build_lib}/dinat_backbones/.mim"
-            shutil.copytree("configs", f"{mim}/configs", dirs_exist_ok=True)
+            for folder in ("configs", "mask2former/configs"):
+                shutil.copytree(folder, f"{mim}/{folder}", dirs_exist_ok=True)
             shutil.copy("model-index.yml", mim)
 
 

@@ -12,6 +12,7 @@ assert package.parent.name == "site-packages", package
 assert importlib.metadata.version("dinat_backbones") == dinat_backbones.__version__
 assert (package / "py.typed").is_file()
 assert list((package / ".mim" / "configs").rglob("*_coco.py"))
+assert list((package / ".mim" / "mask2former" / "configs").rglob("*.yaml"))
 
 qkv = [torch.randn(1, 14, 15, 2, 8, requires_grad=True) for _ in range(3)]
 bias = torch.randn(2, 13, 13, requires_grad=True)

@@ -8,7 +8,8 @@ checkout), then the checks of check_models.py: three training iterations, evalua
 transformers and ONNX export. Where a pair says "no compiler", PATH is empty and CC and CXX are /bin/false. The
 environments are removed when they are done with; `--keep` leaves them. FOLDER (work_dirs/check_install) keeps logs and
 results: an interrupted call continues with the next check, a finished pair is only run again after a change of the
-package. Ends with a Markdown table, and with status 1 if a check failed. Downloads 3 to 6 GB per torch version.
+package. Ends with a Markdown table, which FOLDER/table.md keeps and README.md shows, and with status 1 if a check
+failed. Downloads 3 to 6 GB per torch version.
 
 Needs `uv` (pip install uv), and the Pythons of the pairs where `uv python find` or pyenv has them.
 """
@@ -28,7 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("Mask R-CNN", "Cascade", "RetinaNet", "DINO", "UPerNet", "Mask2Former")
 OTHERS = ("configs", "timm", "huggingface", "export")
-ORIGINAL = ("mmcv==2.1.0", "mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2", "ftfy", "regex")
+# of OpenMMLab; the last three are imported but not declared
+ORIGINAL = (
+    *("mmcv==2.1.0", "mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2"),
+    *("ftfy", "regex", "setuptools<81"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Pair:
         requirements: what else is installed; the original releases of OpenMMLab instead of the extra, for example.
         source: "wheel", or "sdist", whose installation would compile the kernel.
         compiler: whether one may be found.
-        resolution: uv's, "lowest-direct" for the lower bounds that the package states.
+        lowest: whether to install the least versions that the package and its extras allow, not the newest.
     """
 
     python: str
@@ -51,7 +56,7 @@ class Pair:
     requirements: tuple[str, ...] = ()
     source: str = "wheel"
     compiler: bool = False
-    resolution: str = "highest"
+    lowest: bool = False
 
     @property
     def checks(self) -> list[str]:
@@ -64,7 +69,7 @@ PAIRS = {
     "3.10-torch-2.3.1-numpy-1": Pair(
         "3.10", "2.3.1", extras=("timm",), requirements=("numpy<2", "torchvision==0.18.1", *ORIGINAL)
     ),
-    "3.10-lowest": Pair("3.10", resolution="lowest-direct"),
+    "3.10-lowest": Pair("3.10", extras=("openmmlab", "timm"), lowest=True),
     "3.11-torch-2.11.0": Pair("3.11", "2.11.0"),
     "3.12-newest": Pair("3.12", source="sdist"),
     "3.13-newest": Pair("3.13"),
@@ -91,7 +96,9 @@ def main() -> int:
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name}", flush=True)
         results[name] = check(uv, name, PAIRS[name], packages, args.out.resolve() / name, args.keep)
-    print(table(results))
+    text = table(results)
+    (args.out / "table.md").write_text(text + "\n")
+    print(text)
     errors = [
         f"{name}: {check}: {error}" for name, r in results.items() for check, error in r["checks"].items() if error
     ]
@@ -109,10 +116,8 @@ def build(uv: str, folder: Path) -> dict[str, Path]:
 
 def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Path, keep: bool) -> dict:
     """Results of one pair, from `folder` if they are there: {"versions": ..., "checks": {name: error or None}}."""
-    with zipfile.ZipFile(packages["wheel"]) as wheel:
-        contents = sorted((entry.filename, entry.CRC) for entry in wheel.infolist())
     script = ROOT / "tools" / "check_models.py"
-    key = str(zlib.crc32(repr((contents, astuple(pair), script.read_text())).encode()))
+    key = str(zlib.crc32(repr((contents(packages["wheel"]), astuple(pair), script.read_text())).encode()))
     stamp, results = folder / "fingerprint", folder / "results.json"
     if not stamp.is_file() or stamp.read_text() != key:
         shutil.rmtree(folder, ignore_errors=True)
@@ -123,6 +128,7 @@ def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Pat
         print("  finished before")
         return found
     log = folder / "log.txt"
+    begin = time.monotonic() - found.get("seconds", 0)
     try:
         with log.open("a") as output:
             python, environment = install(uv, pair, packages[pair.source], folder / "env", output)
@@ -133,6 +139,8 @@ def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Pat
             raise RuntimeError(log.read_text().strip().splitlines()[-1])
         found = json.loads(results.read_text())
         found["checks"] = {check: found["checks"].get(check, "did not finish") for check in pair.checks}
+        found["seconds"] = time.monotonic() - begin
+        results.write_text(json.dumps(found, indent=1))
     except (RuntimeError, FileNotFoundError) as error:
         found = {"versions": {"python": pair.python, "torch": pair.torch}, "checks": {"installation": str(error)}}
         print(f"  {error}; see {log}")
@@ -142,16 +150,30 @@ def check(uv: str, name: str, pair: Pair, packages: dict[str, Path], folder: Pat
     return found
 
 
+def contents(package: Path) -> list[tuple[str, int]]:
+    """Checksums of what is in a wheel, and of its metadata without README.md."""
+    with zipfile.ZipFile(package) as wheel:
+        files = [entry for entry in wheel.infolist() if ".dist-info/" not in entry.filename]
+        metadata = [wheel.read(name).partition(b"\n\n")[0] for name in wheel.namelist() if name.endswith("/METADATA")]
+    return sorted((file.filename, file.CRC) for file in files) + [("METADATA", zlib.crc32(b"".join(metadata)))]
+
+
 def install(uv: str, pair: Pair, package: Path, target: Path, log: object) -> tuple[Path, dict[str, str]]:
     """A fresh environment with the package: its Python, and the variables that commands in it get."""
     shutil.rmtree(target, ignore_errors=True)
     wanted = [f"{package}[{','.join(pair.extras)}]", f"torch=={pair.torch}" if pair.torch else "torch"]
-    # mmcv 2.1.0 is built with what setuptools 81 has removed
-    constraint = target.with_name("build-constraint.txt")
-    constraint.write_text("setuptools<81\n")
-    options = ["--resolution", pair.resolution]
-    options += ["--build-constraint", constraint] if ORIGINAL[0] in pair.requirements else []
-    run([uv, "venv", "--quiet", "--python", find_python(uv, pair.python), target], os.environ, log)
+    interpreter, options = find_python(uv, pair.python), []
+    if ORIGINAL[0] in pair.requirements:  # mmcv 2.1.0 is built with what setuptools 81 has removed
+        constraint = target.with_name("build-constraint.txt")
+        constraint.write_text("setuptools<81\n")
+        options = ["--build-constraint", constraint]
+    if pair.lowest:
+        constraint = target.with_name("lowest.txt")
+        command = [uv, "pip", "compile", "--quiet", "--python", interpreter, "--resolution", "lowest-direct"]
+        command += [word for extra in pair.extras for word in ("--extra", extra)]
+        run([*command, "--output-file", constraint, ROOT / "pyproject.toml"], os.environ, log)
+        options = ["--constraint", constraint]
+    run([uv, "venv", "--quiet", "--python", interpreter, target], os.environ, log)
     python = target / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     if not pair.compiler:
@@ -201,15 +223,12 @@ def follow(command: list, folder: Path, environment: dict, log: object) -> None:
 
 def table(results: dict[str, dict]) -> str:
     """Markdown: a row for each pair."""
-    rows = [("Python", "torch", "numpy", "from", *MODELS, "extras"), ("---",) * (5 + len(MODELS))]
-    for name, found in results.items():
-        versions, checks, pair = found["versions"], found["checks"], PAIRS[name]
-        extras = [check for check in pair.checks if check in OTHERS[1:] and checks.get(check, "missing") is None]
-        source = pair.source + (", no compiler" if not pair.compiler else "")
+    rows = [("Python", "torch", "numpy", "mmcv", *MODELS, "minutes"), ("---",) * (5 + len(MODELS))]
+    for found in results.values():
+        versions, checks = found["versions"], found["checks"]
         passed = ["yes" if checks.get(model, "missing") is None else "**no**" for model in MODELS]
-        rows.append(
-            (versions["python"], versions["torch"], versions.get("numpy", ""), source, *passed, ", ".join(extras))
-        )
+        minutes = f"{found['seconds'] / 60:.0f}" if "seconds" in found else ""
+        rows.append((*(versions.get(key, "") for key in ("python", "torch", "numpy", "mmcv")), *passed, minutes))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +167,9 @@ def describe() -> dict[str, str]:
     from dinat_backbones import ops
 
     found = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    mmcv = next((f"{d.name} {d.version}" for name in ("onedl-mmcv", "mmcv") for d in distributions(name=name)), "none")
     kernel = any(Path(ops.__file__).parent.rglob("_na2d*"))
-    return {"python": platform.python_version(), **found, "kernel": "compiled" if kernel else "none"}
+    return {"python": platform.python_version(), **found, "mmcv": mmcv, "kernel": "compiled" if kernel else "none"}
 
 
 def main() -> int:

@@ -29,7 +29,12 @@ INSTALL = {
     "mmcv": _OPENMMLAB,
     "mmdet": _OPENMMLAB,
     "mmseg": _OPENMMLAB,
+    "mmpretrain": "pip install onedl-mmpretrain",
     "pycocotools": _OPENMMLAB,
+    # the original mmseg and mmengine import these without declaring them
+    "ftfy": "pip install ftfy regex",
+    "regex": "pip install ftfy regex",
+    "pkg_resources": 'pip install "setuptools<81"',
     "PIL": "pip install pillow",
     "torchvision": "pip install torchvision",
     "cityscapesscripts": "pip install cityscapesscripts",
@@ -63,15 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: str) -> None:
-    """Run one of `COMMANDS` with the arguments in `sys.argv`; a package that is missing is one sentence."""
+    """Run one of `COMMANDS` with the arguments in `sys.argv`. A package that is missing, or does not do what is needed,
+    is one sentence."""
     try:
         importlib.import_module(f"{__name__}.{command}").main()
-    except ModuleNotFoundError as error:
-        hint = INSTALL.get(error.name or "")
-        if "pip install" in str(error):  # an adapter has said it
+    except (ImportError, NotImplementedError) as error:
+        if "pip install" in str(error) and "\n" not in str(error):  # an adapter has said it
             sys.exit(f"{sys.argv[0]}: {error}")
-        if hint is None:
+        if not isinstance(error, ModuleNotFoundError) or error.name not in INSTALL:
             raise
+        hint = INSTALL[error.name]
         sys.exit(f"{sys.argv[0]}: {error.name} is not installed: {hint}")
 
 

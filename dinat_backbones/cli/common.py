@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..zoo import find_config
+
 
 class UnreadableImageError(Exception):
     """A file is not an image, or a damaged one."""
@@ -67,7 +69,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def resolve_config(name: str) -> Path:
-    """The path of a config: `name` itself, or for "mmdet::..." and "mmseg::..." that of the packaged config.
+    """The path of a config: as `zoo.find_config`, and for "mmdet::..." and "mmseg::..." that of the packaged config.
 
     mmengine resolves such names through the distributions mmdetection and mmsegmentation, which the maintained
     continuations of these packages are not.
@@ -76,7 +78,7 @@ def resolve_config(name: str) -> Path:
         SystemExit: the file does not exist, or the package is not installed.
     """
     package, separator, rest = name.rpartition("::")
-    path = Path(name)
+    path = find_config(name)
     if separator:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
@@ -92,6 +94,7 @@ def load_config(name: str, **keywords: Any) -> Any:
 
     Raises:
         SystemExit: the file does not exist, or mmengine is not installed.
+        ImportError: mmcv is missing, of another version than 2, or compiled for another torch.
     """
     path = resolve_config(name)
     try:
@@ -100,6 +103,8 @@ def load_config(name: str, **keywords: Any) -> Any:
         if error.name != "mmengine":
             raise
         stop('mmengine is not installed: pip install "dinat_backbones[openmmlab]"')
-    from ..adapters import openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators where mmcv lacks them
+    from ..adapters import mmcv_ext, openmmlab  # noqa: F401  # before mmdet and mmseg: mmcv's operators
+
+    mmcv_ext.check_installation()
 
     return Config.fromfile(str(path), **keywords)

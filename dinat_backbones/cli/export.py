@@ -136,7 +136,7 @@ def _classifier(name: str, dilations: str | None, checkpoint: str | None) -> Exp
 
 
 def _segmentor(name: str, checkpoint: str | None) -> Exported:
-    path = zoo.config_folder() / CONFIGS[name] if name in CONFIGS else Path(name)
+    path = zoo.config_folder() / CONFIGS[name] if name in CONFIGS else zoo.find_config(name)
     if not path.is_file():
         raise ExportError(f"{name} is neither a config nor one of: {', '.join((*zoo.ARCHS, *CONFIGS))}")
     cfg = load_config(str(path))

@@ -86,7 +86,7 @@ def count(name: str, size: tuple[int, int] | None = None) -> Count:
             model: nn.Module = create_classifier(name).eval()
         size = size or (row.resolution, row.resolution)
     else:
-        path = zoo.config_folder() / row.config if row else Path(name)
+        path = zoo.config_folder() / row.config if row else zoo.find_config(name)
         if row is None:
             row = CONFIGS.get("/".join(path.parts[-3:]))
         if path.suffix == ".yaml" and "dinat_large" in path.stem:

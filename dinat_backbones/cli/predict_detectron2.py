@@ -94,7 +94,8 @@ def load_predictor(
         else:
             labels = results[name].argmax(0)
             drawn = visualizer.draw_sem_seg(labels)
-            found = ", ".join(metadata.stuff_classes[label] for label in labels.unique().tolist())
+            classes = dict(enumerate(metadata.stuff_classes))  # a model may have more than the data set
+            found = ", ".join(classes[label] for label in labels.unique().tolist() if label in classes)
         with atomic_write(target) as partial:
             drawn.save(str(partial))
         return found or "nothing"

@@ -6,6 +6,8 @@ from typing import Any
 from .common import UnreadableImageError, atomic_write, load_config
 from .predict import Predictor, count_labels
 
+MAPS = ("pred_panoptic_seg", "pred_sem_seg")  # fields of a data sample
+
 
 def load_predictor(config: str, checkpoint: str, device: str | None = None, score: float = 0.3) -> Predictor:
     """Build a config's model with the weights of a checkpoint.
@@ -35,11 +37,16 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
         with torch.no_grad():
             (result,) = model.test_step({key: [value] for key, value in data.items()})
         threshold = {"pred_score_thr": score} if "pred_instances" in result else {}
+        found = describe(result, metainfo["classes"], score)
+        for field in MAPS:
+            # mmdet cannot draw a panoptic map without segments, and mmseg darkens an image without classes
+            if field in result and not map_labels(result, field, len(metainfo["classes"])):
+                delattr(result, field)
         with atomic_write(target) as partial:
             visualizer.add_datasample(
                 path.name, image[..., ::-1], result, draw_gt=False, out_file=str(partial), **threshold
             )
-        return describe(result, metainfo["classes"], score)
+        return found
 
     return predict
 
@@ -99,10 +106,15 @@ def describe(result: Any, classes: Any, score: float) -> str:
     if "pred_instances" in result:
         labels = result.pred_instances.labels[result.pred_instances.scores > score].tolist()
         parts.append(count_labels(labels, names) or "no instance")
-    for field in ("pred_panoptic_seg", "pred_sem_seg"):
+    for field in MAPS:
         if field in result:
-            (values,) = (tensor.unique().tolist() for tensor in getattr(result, field).values())
-            # a panoptic id is the class plus 1000 times the number of the instance; ids beyond the classes are void
-            labels = sorted({value % 1000 if field == "pred_panoptic_seg" else value for value in values})
-            parts.append(", ".join(names[label] for label in labels if label < len(names)) or "nothing")
+            parts.append(", ".join(names[label] for label in map_labels(result, field, len(names))) or "nothing")
     return "; ".join(parts)
+
+
+def map_labels(result: Any, field: str, num_classes: int) -> list[int]:
+    """The classes in a panoptic or semantic map of a data sample, sorted."""
+    (values,) = (tensor.unique().tolist() for tensor in getattr(result, field).values())
+    if field == "pred_panoptic_seg":  # the class plus 1000 times the number of the instance
+        values = {value % 1000 for value in values}
+    return sorted(value for value in values if value < num_classes)  # further ones are void or ignored

@@ -42,6 +42,7 @@ __all__ = [
     "CLASSIFICATION", "DETECTION", "SEGMENTATION", "MASK2FORMER", "IMAGENET22K", "PRETRAINED",
     "IMAGENET_MEAN", "IMAGENET_STD",
     "Classification", "ImageNet22k", "Detection", "Segmentation", "Mask2Former", "Row", "rows", "config_folder",
+    "find_config",
 ]  # fmt: skip
 
 Row = Classification | Detection | Segmentation | Mask2Former
@@ -53,7 +54,16 @@ def rows() -> tuple[Row, ...]:
 
 
 def config_folder() -> Path:
-    """Where `row.config` is: the folder of configs of the checkout, or of the installed package."""
+    """Where `row.config` is: the folder of configs of the installed package, or of the checkout."""
     package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "configs"
-    return checkout if checkout.is_dir() else package / ".mim" / "configs"
+    installed = package / ".mim" / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """The path of a config: `name` itself, or for "configs/..." and "mask2former/configs/..." that do not exist from
+    here, those of the checkout or of the installed package. The file need not exist."""
+    path = Path(name)
+    if path.parts[:1] == ("configs",) or path.parts[:2] == ("mask2former", "configs"):
+        return path if path.is_file() else config_folder().parent / path
+    return path

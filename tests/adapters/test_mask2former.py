@@ -20,9 +20,10 @@ from helpers import PUBLISHED, ROOT, assert_near
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
 
 from dinat_backbones.adapters.detectron2.maskformer_compat import mask2former
-from dinat_backbones.cli import predict
+from dinat_backbones.cli import predict, predict_detectron2
 
 CONFIGS = ROOT / "mask2former" / "configs"
 
@@ -88,6 +89,11 @@ def test_original_yaml_loads(tmp_path):
     assert list(cfg.INPUT.MIN_SIZE_TRAIN) == row["INPUT.MIN_SIZE_TRAIN"] and cfg.MODEL.DINAT.DILATIONS == [[1, 14, 1]]
     with pytest.raises(FileNotFoundError, match="config nowhere.yaml is not there"):
         get_config("nowhere.yaml")
+
+
+def test_shipped_yaml_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_config(str(DEMO.relative_to(ROOT))) == get_config(str(DEMO))
 
 
 # --------------------------------------------------------------------------------------------- Mask2Former's releases
@@ -204,6 +210,24 @@ def test_images_of_predictions(detectron2_datasets, tmp_path, task, capsys):
         assert drawn.shape == source.shape and (drawn != source).any()
     predict.main([str(word) for word in words])
     assert "2 of 2 images are there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance", "semantic"])
+def test_an_image_in_which_nothing_is_found_is_drawn_as_it_is(detectron2_datasets, tmp_path, task, monkeypatch):
+    cfg, model = tiny("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5)  # the data set has four: the last is not one of its classes
+    bias = torch.full((6,), -500.0)
+    bias[4 if task == "semantic" else 5] = 500.0  # 5 is "no object"
+    model.sem_seg_head.predictor.class_embed.weight.data.zero_()
+    model.sem_seg_head.predictor.class_embed.bias.data = bias
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    run = predict_detectron2.load_predictor(
+        str(tmp_path / "config.yaml"), str(tmp_path / "model.pth"), device="cpu", score=0.1, task=task
+    )
+    image = detectron2_datasets / "shapes" / "val" / "000000.jpg"
+    assert run(image, tmp_path / "out.png") == "nothing"
+    plain = Visualizer(np.asarray(Image.open(image))).output.get_image()  # matplotlib moves some pixels by one
+    assert (np.asarray(Image.open(tmp_path / "out.png").convert("RGB")) == plain).all()
 
 
 def test_a_checkpoint_of_another_model_is_an_error(tmp_path):

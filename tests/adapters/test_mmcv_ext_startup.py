@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import setuptools
 
+from dinat_backbones import zoo
 from helpers import ROOT
 
 pytest.importorskip("mmcv", reason="mmcv is not installed: pip install 'dinat_backbones[openmmlab]'")
@@ -36,7 +37,7 @@ def site_packages(tmp_path_factory):
 def copy_of_sources(folder):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "model-index.yml", "dinat_mmcv_finder.py"):
         shutil.copy(ROOT / name, folder)
-    for name in ("configs", "dinat_backbones"):
+    for name in ("configs", "dinat_backbones", "mask2former"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     return folder
 
@@ -92,6 +93,31 @@ def test_compiled_module_wins(tmp_path):
     log = python("-c", f"{code}{REPORT}", cwd=tmp_path)
     path = tmp_path / "mmcv" / "_ext.py"
     assert f"\n{path}\nstand-in False" in log and f"mmcv's operators: {path}" in log
+
+
+def run_command_with_mmcv(folder, **files):
+    """The last line of `dinat flops CONFIG` with an mmcv of these modules."""
+    (folder / "mmcv").mkdir()
+    for name, text in files.items():
+        (folder / "mmcv" / f"{name}.py").write_text(text)
+    row = next(iter(zoo.DETECTION.values()))
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from dinat_backbones.cli import main; main(sys.argv[1:])"
+    return python("-W", "ignore", "-c", code, "flops", row.name, code=1).splitlines()[-1]
+
+
+def test_mmcv_1_is_one_sentence(tmp_path):
+    message = run_command_with_mmcv(tmp_path, __init__='__version__ = "1.7.2"')
+    assert message.startswith("dinat flops: mmcv 1.7.2 is installed and mmcv 2 is needed: pip ")
+    assert message.endswith('pip install "onedl-mmcv>=2.3"')
+
+
+def test_compiled_operators_that_do_not_load_are_one_sentence(tmp_path):
+    raising = 'raise ImportError("_ext.so: undefined symbol: _ZN3c10\\nmore")'
+    message = run_command_with_mmcv(tmp_path, __init__='__version__ = "2.1.0"', _ext=raising)
+    assert message.startswith(
+        "dinat flops: mmcv's compiled operators do not load (_ext.so: undefined symbol: _ZN3c10), "
+    )
+    assert ": pip install --no-build-isolation" in message
 
 
 def test_adapter_without_mmcv():

@@ -85,6 +85,41 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
         cli.run("shapes")
 
 
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            ModuleNotFoundError("No module", name="mmpretrain"),
+            "mmpretrain is not installed: pip install onedl-mmpretrain",
+        ),
+        (
+            ModuleNotFoundError("No module", name="pkg_resources"),
+            'pkg_resources is not .*: pip install "setuptools<81"',
+        ),
+        (ImportError("mmcv 1.7.2 is installed: pip install mmcv", name="mmcv"), "mmcv 1.7.2 is installed: pip install"),
+        (NotImplementedError("no operator: pip install mmcv"), "no operator: pip install mmcv"),
+    ],
+)
+def test_what_is_missing_is_one_sentence(monkeypatch, error, message):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["dinat info"])
+    monkeypatch.setattr(info, "main", fail)
+    with pytest.raises(SystemExit, match=f"^dinat info: {message}"):
+        cli.run("info")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no such thing"), ImportError("cannot import name 'x'")])
+def test_other_errors_keep_their_traceback(monkeypatch, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(info, "main", fail)
+    with pytest.raises(type(error), match=str(error)):
+        cli.run("info")
+
+
 # --------------------------------------------------------------------------------------------------------------- info
 
 

@@ -143,6 +143,35 @@ def test_classes_and_colours_are_those_of_the_config(tmp_path, images):
     assert change[..., 2].mean() > 30 > 0 > change[..., 0].mean()  # towards blue
 
 
+def all_of_class(layer, label, beyond):
+    """Makes a classifying layer answer `label` with all certainty: the scores of the others are exactly 0."""
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.constant_(layer.bias, -beyond)
+    layer.bias.data[label] = beyond
+
+
+# What makes a model find nothing, and what is said then. Scores of 0 are above no threshold; class 3 of the segmentor
+# is one that the data set does not have.
+NOTHING = {
+    "instances": (lambda model: all_of_class(model.roi_head.bbox_head.fc_cls, -1, 500), "", "no instance"),
+    "panoptic": (lambda model: all_of_class(model.panoptic_head.cls_embed, -1, 500), "", "nothing"),
+    "semantic": (
+        lambda model: all_of_class(model.decode_head.conv_seg, 3, 500),
+        'test_dataloader["dataset"]["metainfo"].update(classes=classes[:-1], palette=palette[:-1])\n',
+        "nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_an_image_in_which_nothing_is_found_is_drawn_as_it_is(tmp_path, images, kind, monkeypatch):
+    change, config, words = NOTHING[kind]
+    monkeypatch.setitem(MODELS_OF, kind, MODELS_OF[kind] + config)
+    run = load_predictor(*saved_model(tmp_path, kind, change), device="cpu", score=0.0)
+    assert run(images / "below/b.png", tmp_path / "out.png") == words
+    assert np.abs(pixels(tmp_path / "out.png") - pixels(images / "below/b.png")).max() == 0
+
+
 def test_a_folder_is_finished_in_several_runs(tmp_path, images, monkeypatch, capsys):
     config, checkpoint = saved_model(tmp_path, "instances")
     out = tmp_path / "out"

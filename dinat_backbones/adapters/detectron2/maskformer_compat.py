@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import os
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
+from ...zoo import find_config
 from .backbone import add_dinat_config
 
 INSTALL = (
@@ -113,7 +113,7 @@ def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
     """A config with the defaults of Detectron2, its DeepLab project (poly schedule), Mask2Former and `MODEL.DINAT`.
 
     Args:
-        file: a YAML file that is read into it, with its `_BASE_` files.
+        file: a YAML file that is read into it, with its `_BASE_` files; as for `zoo.find_config`.
         options: keys and values in turn, as on a command line, that win over the file.
 
     Raises:
@@ -125,8 +125,9 @@ def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
     mask2former.add_maskformer2_config(cfg)
     add_dinat_config(cfg)
     if file is not None:
-        if not os.path.isfile(file):
+        path = find_config(file)
+        if not path.is_file():
             raise FileNotFoundError(f"config {file} is not there")
-        cfg.merge_from_file(str(file))
+        cfg.merge_from_file(str(path))
     cfg.merge_from_list(list(options))
     return cfg

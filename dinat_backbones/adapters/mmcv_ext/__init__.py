@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -55,19 +56,41 @@ def operators_in_use() -> str | None:
     return DESCRIPTION if compiled is None else str(compiled.origin)
 
 
+def check_version() -> None:
+    """Raises ImportError if mmcv is not mmcv 2, with which mmengine and this package work."""
+    import mmcv
+
+    if mmcv.__version__.split(".")[0] != "2":
+        others = " ".join(name for name in ("mmcv", "mmcv-full", "mmcv-lite") if _is_installed(name))
+        raise ImportError(
+            f"mmcv {mmcv.__version__} is installed and mmcv 2 is needed: "
+            f'{f"pip uninstall {others} && " if others else ""}pip install "onedl-mmcv>=2.3"',
+            name="mmcv",
+        )
+
+
+def check_installation() -> None:
+    """Raises ImportError if mmcv is another version than 2, or has compiled operators that do not load; its message is
+    one sentence that says what to run. ModuleNotFoundError without mmcv."""
+    check_version()
+    try:
+        import_module("mmcv._ext")
+    except ModuleNotFoundError:  # torchvision; says it
+        raise
+    except ImportError as error:  # built for another torch, Python or CUDA
+        raise ImportError(
+            f"mmcv's compiled operators do not load ({str(error).splitlines()[0]}), build them for the installed "
+            f"torch: {_compile_command()}",
+            name="mmcv._ext",
+        ) from error
+
+
 def fill_module(module: ModuleType) -> None:
     """Puts the operators into `module`, the new and empty `mmcv._ext`.
 
     Raises ImportError if mmcv's operators have other arguments than those of mmcv 2.
     """
-    import mmcv
-
-    if mmcv.__version__.split(".")[0] != "2":
-        raise ImportError(
-            f"mmcv {mmcv.__version__} has no compiled operators, and dinat_backbones provides those of mmcv 2 only: "
-            'pip install "onedl-mmcv>=2.3"',
-            name=module.__name__,
-        )
+    check_version()
     from . import boxes, deformable, focal_loss, resampling, roi, sync_bn
 
     module.__doc__ = f"mmcv's operators from {DESCRIPTION}. Nothing is compiled."
@@ -109,13 +132,18 @@ def missing_operator(name: str) -> Callable[..., Any]:
 
 def _compile_command() -> str:
     for name in ("onedl-mmcv", "mmcv"):
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            continue
-        # without isolation the build finds torch; without the cache pip does not install the same wheel again
-        return f"pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps {name}=={installed}"
+        if _is_installed(name):
+            # without isolation the build finds torch; without the cache pip does not install the same wheel again
+            options = "--no-build-isolation --no-cache-dir --force-reinstall --no-deps"
+            return f"pip install {options} {name}=={version(name)}"
     return "pip install --no-build-isolation --no-cache-dir onedl-mmcv"
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False
 
 
 def _log(message: str, level: int = logging.INFO) -> None:
