@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy
 import pytest
@@ -78,6 +79,32 @@ def test_truncated_file(tmp_path, weights, keep, legacy):
     refused_read(path, "truncated")
     with pytest.raises(ValueError, match="truncated"):
         load_backbone(backbone(), path)
+
+
+def test_a_file_without_checksums(tmp_path, weights):
+    """As torch writes it with `set_crc32_options(False)`: every CRC-32 is 0."""
+    if not hasattr(torch.serialization, "set_crc32_options"):  # before torch 2.6
+        pytest.skip("this torch always writes checksums")
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, weights)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(item.CRC for item in archive.infolist())
+    found = read(path)
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_one_wrong_bit(tmp_path, weights):
+    """Shapes and structure are those of the file; its CRC-32 is not."""
+    path = save(tmp_path, weights)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda item: item.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    refused_read(path, largest.filename, "another CRC-32")
 
 
 def refused_read(path, *words):
