@@ -8,15 +8,13 @@ The names go into mmengine's root registry, where every framework's own registry
 
 from typing import Any
 
-import torch
-
 try:
     from mmengine.dist import get_rank
     from mmengine.hooks import Hook
     from mmengine.logging import MMLogger
     from mmengine.model import BaseModule
     from mmengine.model.weight_init import PretrainedInit
-    from mmengine.registry import FUNCTIONS, HOOKS, MODELS
+    from mmengine.registry import HOOKS, MODELS
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "mmengine":
         raise
@@ -26,8 +24,7 @@ except ModuleNotFoundError as error:
 
 from .. import backbone, zoo
 from ..checkpoint import load_backbone
-from ..layers import Block
-from . import mmcv_ext, openmmlab_checkpoints
+from . import mmcv_ext, openmmlab_checkpoints, openmmlab_fsdp  # noqa: F401  # which registers its names
 from .seeding import seed_everything
 
 mmcv_ext.install()
@@ -129,9 +126,3 @@ class SeedStepsHook(Hook):
 
     def _seed(self, runner: Any, step: int) -> None:
         seed_everything(runner.seed, get_rank(), step)
-
-
-@FUNCTIONS.register_module(force=True)
-def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """`auto_wrap_policy` for FSDP: every transformer block of a backbone is gathered and freed by itself."""
-    return recurse or isinstance(module, Block)

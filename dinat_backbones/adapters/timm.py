@@ -4,8 +4,8 @@
     model = timm.create_model("dinat_mini", pretrained=True, num_classes=10)
     backbone = timm.create_model("dinat_mini", features_only=True)     # maps of strides 4, 8, 16 and 32
 
-`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file, which runs nothing that
-the file brings (`checkpoint.read`). Files of the Hugging Face hub and `create_model`'s `checkpoint_path` are read by timm.
+`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file, which `checkpoint.read`
+reads; files of the Hugging Face hub and `create_model`'s `checkpoint_path` are read by timm itself.
 """
 
 import contextlib
@@ -163,7 +163,8 @@ def _entry(name: str) -> Any:
             feature_cfg=dict(out_indices=tuple(range(len(depths))) if stages else 4, feature_cls="getter"),
             **{**arguments, **kwargs},
         )
-        for holder in (model, getattr(model, "model", model)):  # a feature extractor and what it extracts from
+        holders: tuple[Any, ...] = model, getattr(model, "model", model)  # a feature extractor and what it has inside
+        for holder in holders:
             holder.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
         return model
 

@@ -40,10 +40,16 @@ def _arguments_for_testing(scope: str, cfg: Any, words: list[str]) -> list[str]:
 
     from ..checkpoint import read
 
+    program = sys.argv[0]  # before it is the script's
+
+    def load(filename: str, map_location: Any = None) -> dict[str, Any]:
+        try:
+            return read(filename)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{program}: {error}")
+
     # mmengine's own readers unpickle whatever a file asks for, and only warn if parts of the model are missing
-    CheckpointLoader.register_scheme(
-        ("", "http://", "https://"), lambda filename, map_location=None, **_: read(filename), force=True
-    )
+    CheckpointLoader.register_scheme(("", "http://", "https://"), load, force=True)
     Runner.load_checkpoint = partialmethod(Runner.load_checkpoint, strict=True)
     if "--tta" in words and scope == "mmdet":
         for metric in evaluators(cfg, "test"):

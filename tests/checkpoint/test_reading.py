@@ -127,5 +127,25 @@ def test_not_a_dictionary(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is not there"):
         read(tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="is a folder"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         read(tmp_path)
+
+
+def test_folders_of_shards(tmp_path, weights):
+    """The command that the message advises makes a file that loads."""
+    distributed = pytest.importorskip("torch.distributed.checkpoint")
+    folder, target = tmp_path / "dcp", tmp_path / "file.pth"
+    distributed.save({"state_dict": weights}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(FileNotFoundError, match="make a file of it: python -m ") as caught:
+        read(folder)
+    words = str(caught.value).partition(": python ")[2].replace("TARGET.pth", str(target)).split()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = backbone()
+    load_backbone(model, target)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    (tmp_path / "epoch_1.pth").mkdir()
+    save(tmp_path / "epoch_1.pth", weights, "rank0.pth")
+    with pytest.raises(FileNotFoundError, match="FSDP shards.*state_dict_cfg='full'"):
+        read(tmp_path / "epoch_1.pth")
