@@ -1,7 +1,7 @@
 # Fully sharded data parallel training, for models as large as DiNAT-Large: beside any config of this folder,
 #     _base_ = ["CONFIG.py", "fsdp.py"]
-# Every transformer block is a shard of its own; the rest of the model is one more. Checkpoints are whole files, from which
-# any number of processes can resume.
+# Every transformer block is a shard of its own; the rest of the model is one more. Checkpoints are whole files, and any
+# number of processes can resume from them.
 runner_type = "FlexibleRunner"
 strategy = dict(
     type="ResumableFSDPStrategy",

@@ -4,8 +4,9 @@
     model = timm.create_model("dinat_mini", pretrained=True, num_classes=10)
     backbone = timm.create_model("dinat_mini", features_only=True)     # maps of strides 4, 8, 16 and 32
 
-`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file, which `checkpoint.read`
-reads; files of the Hugging Face hub and `create_model`'s `checkpoint_path` are read by timm itself.
+`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file. These and published
+ones are read by `checkpoint.read`; timm itself reads files of the Hugging Face hub and `create_model`'s
+`checkpoint_path`.
 """
 
 import contextlib
