@@ -4,7 +4,9 @@
     model = timm.create_model("dinat_mini", pretrained=True, num_classes=10)
     backbone = timm.create_model("dinat_mini", features_only=True)     # maps of strides 4, 8, 16 and 32
 
-`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file.
+`pretrained_cfg_overlay=dict(file=...)` beside ``pretrained=True`` takes the weights from a file. These and published
+ones are read by `checkpoint.read`; timm itself reads files of the Hugging Face hub and `create_model`'s
+`checkpoint_path`.
 """
 
 import contextlib
@@ -15,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 try:
-    from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+    from timm.models import (
+        build_model_with_cfg,
+        generate_default_cfgs,
+        is_model,
+        register_model,
+        resolve_pretrained_cfg,
+    )
 except ModuleNotFoundError as error:
     if (error.name or "").split(".")[0] != "timm":
         raise
@@ -24,7 +32,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .. import classifier, zoo
-from ..checkpoint import fetch
+from ..checkpoint import read
 from ..checkpoint.fitting import resize_rpb_to
 from ..checkpoint.loading import bare_state
 
@@ -119,6 +127,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 default_cfgs = generate_default_cfgs({name: _pretrained_cfg(row) for name, row in classifier.ROWS.items()})
 
 
+def _overlay_with_weights(name: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> dict[str, Any]:
+    """`overlay` with the tensors of the file or address that timm would unpickle itself."""
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, dict(overlay or {}))
+    source = cfg.file or (None if cfg.hf_hub_id else cfg.url)
+    left_to_timm = cfg.state_dict or cfg.source in ("hf-hub", "local-dir") or source is None
+    return dict(overlay or {}, **({} if left_to_timm else {"state_dict": bare_state(read(str(source)))}))
+
+
 def _entry(name: str) -> Any:
     """The function that timm calls to make the model of that name."""
     base, arguments = classifier.recipe(name)
@@ -137,10 +153,11 @@ def _entry(name: str) -> Any:
             return CLASSES[base](**kwargs).to(dtype)
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if pretrained and not kwargs.get("pretrained_cfg") and not kwargs.get("pretrained_cfg_overlay"):
-            kwargs["pretrained_cfg_overlay"] = dict(file=str(fetch(default_cfgs[name].default.url)))
+        if pretrained:
+            given = kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+            kwargs["pretrained_cfg_overlay"] = _overlay_with_weights(name, *given)
         depths = kwargs.get("depths") or range(stages or 4)
-        return build_model_with_cfg(
+        model = build_model_with_cfg(
             build,
             name,
             pretrained,
@@ -148,6 +165,10 @@ def _entry(name: str) -> Any:
             feature_cfg=dict(out_indices=tuple(range(len(depths))) if stages else 4, feature_cls="getter"),
             **{**arguments, **kwargs},
         )
+        holders: tuple[Any, ...] = model, getattr(model, "model", model)  # a feature extractor and what it has inside
+        for holder in holders:
+            holder.pretrained_cfg.pop("state_dict", None)  # a second copy of all weights
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"{name} as published; keyword arguments of `{base.__name__}`."

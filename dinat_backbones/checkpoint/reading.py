@@ -47,8 +47,8 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
     except RefusedName as error:
         raise ValueError(
             f"{path} needs code to be read: it asks for {error}. That could run anything, so the file was refused. If "
-            "you trust its origin, read it with dinat_backbones.checkpoint.read(path, allow_pickle=True) or "
-            "`dinat convert --allow-pickle`, and save the tensors alone"
+            "you trust its origin, `dinat convert FILE TARGET.pth --to LAYOUT --allow-pickle` (in Python "
+            "dinat_backbones.checkpoint.read(path, allow_pickle=True)) runs it once and writes the tensors alone"
         ) from None
     except WrongFormat as error:
         raise ValueError(f"{path} is {error}; expected a file of torch.save or safetensors with a state dict") from None
@@ -70,9 +70,25 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
 
 def _local(source: str | os.PathLike[str]) -> Path:
     path = fetch(str(source)) if urlparse(str(source)).scheme in ("http", "https") else Path(source)
+    if path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is {_describe_folder(path)}")
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} is {'a folder, not a file' if path.is_dir() else 'not there'}")
+        raise FileNotFoundError(f"checkpoint {path} is not there")
     return path
+
+
+def _describe_folder(path: Path) -> str:
+    if (path / ".metadata").exists():
+        return (
+            "a folder of torch.distributed.checkpoint; if you trust its origin, make a file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} TARGET.pth"
+        )
+    if (path / "rank0.pth").exists():
+        return (
+            "a folder of FSDP shards, from which only mmengine can resume; train with strategy=dict("
+            "state_dict_cfg='full'), as configs/_base_/fsdp.py does, to get files"
+        )
+    return "a folder, not a file"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

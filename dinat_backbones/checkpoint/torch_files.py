@@ -8,10 +8,11 @@ import io
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -79,9 +80,45 @@ class _Storages:
         return self.by_key[key].view(dtype)
 
 
+class _Records:
+    """The files of an uncompressed zip archive, read in one go; another thread compares them with their CRC-32.
+
+    Args:
+        file: what `archive` reads from.
+        checks: one thread.
+    """
+
+    def __init__(self, file: BinaryIO, archive: zipfile.ZipFile, checks: Executor) -> None:
+        self.file, self.archive, self.checks = file, archive, checks
+        self.size = file.seek(0, 2)
+        self.sums: list[tuple[zipfile.ZipInfo, Future[int]]] = []
+
+    def read(self, name: str) -> Tensor:
+        """A flat tensor of bytes."""
+        item = self.archive.getinfo(name)
+        if item.compress_type != zipfile.ZIP_STORED or item.compress_size != item.file_size:
+            raise WrongFormat("a compressed zip archive, which torch.save does not write")
+        self.archive.open(item).close()  # raises if the local header is another file's, or an encrypted one
+        self.file.seek(item.header_offset + 26)
+        self.file.seek(sum(struct.unpack("<HH", self.file.read(4))), 1)  # name and extra field
+        if item.file_size > self.size:
+            raise EOFError(f"{name} should have {item.file_size} bytes, which are not there")
+        flat = torch.empty(item.file_size, dtype=torch.uint8)
+        content = flat.numpy()
+        if self.file.readinto(content) != item.file_size:  # type: ignore[attr-defined]
+            raise EOFError(f"{name} ends early")
+        if item.CRC:  # 0 in files that torch wrote after set_crc32_options(False)
+            self.sums.append((item, self.checks.submit(zlib.crc32, content)))  # type: ignore[arg-type]
+        return flat
+
+    def check(self) -> None:
+        for item, found in self.sums:
+            if found.result() != item.CRC:
+                raise ValueError(f"{item.filename} has another CRC-32 than was written")
+
+
 def _read_zip(file: BinaryIO) -> Any:
-    size = file.seek(0, 2)
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(file) as archive, ThreadPoolExecutor(1) as checks:
         names = archive.namelist()
         if any(re.fullmatch(r"(.*/)?(constants\.pkl|code/.*)", name) for name in names):
             raise WrongFormat(
@@ -93,20 +130,21 @@ def _read_zip(file: BinaryIO) -> Any:
         if len(pickles) != 1:
             raise WrongFormat("a zip archive that torch.save did not write")
         folder = pickles[0].removesuffix("data.pkl")
-        if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
-            raise WrongFormat("a compressed zip archive, which torch.save does not write")
-        if folder + "byteorder" in names and archive.read(folder + "byteorder") == b"big":
+        records = _Records(file, archive, checks)
+        if folder + "byteorder" in names and bytes(records.read(folder + "byteorder").numpy()) == b"big":
             raise WrongFormat("a checkpoint of a big-endian machine")
 
         def load(key: str, count: int) -> Tensor:
-            item = archive.getinfo(f"{folder}data/{key}")
-            if item.file_size != count:
-                raise ValueError(f"storage {key} has {item.file_size} bytes and should have {count}")
-            flat = torch.empty(count, dtype=torch.uint8)
-            flat.numpy()[:] = numpy.frombuffer(archive.read(item), numpy.uint8)
-            return flat
+            name = f"{folder}data/{key}"
+            if archive.getinfo(name).file_size != count:
+                raise ValueError(f"storage {key} has {archive.getinfo(name).file_size} bytes and should have {count}")
+            return records.read(name)
 
-        return SafeUnpickler(io.BytesIO(archive.read(pickles[0])), _Storages(size, load)).load()
+        program = bytes(records.read(pickles[0]).numpy())
+        records.check()  # before anything is made of it
+        content = SafeUnpickler(io.BytesIO(program), _Storages(records.size, load)).load()
+        records.check()
+        return content
 
 
 def _read_legacy(file: BinaryIO) -> Any:

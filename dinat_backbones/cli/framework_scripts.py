@@ -32,7 +32,7 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
     for word in words:
         if word.startswith("-") or "=" in word or "://" in word or not word.endswith((".py", ".pth", ".pt")):
             continue
-        if not Path(word).is_file():
+        if not Path(word).exists():  # checkpoints of FSDP may be folders
             stop(f"{'config' if word.endswith('.py') else 'checkpoint'} {word} is not there")
         config = config or (word if word.endswith(".py") else None)
     cfg = load_config(config, import_custom_modules=False) if config else None
@@ -83,8 +83,11 @@ def _without_gpu(words: list[str], cfg: Any) -> list[str]:
     torch.cuda.set_device = lambda device: None
     options = ["env_cfg.dist_cfg.backend=gloo"]
     strategy = cfg.get("strategy") or {}
-    if strategy.get("type") == "FSDPStrategy":
+    if str(strategy.get("type")).endswith("FSDPStrategy"):
         options.append("strategy.model_wrapper.device_id=cpu")
+        if isinstance(strategy.get("state_dict_cfg"), dict):  # offloading memory of the CPU to the CPU frees it
+            parts = [f"strategy.state_dict_cfg.{part}" for part in ("state_dict_config", "optim_state_dict_config")]
+            options += [f"{part}.{flag}=False" for part in parts for flag in ("offload_to_cpu", "rank0_only")]
     elif not strategy and not cfg.get("model_wrapper_cfg"):
         wrapper = dict(
             type="MMDistributedDataParallel",

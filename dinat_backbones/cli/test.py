@@ -40,12 +40,16 @@ def _arguments_for_testing(scope: str, cfg: Any, words: list[str]) -> list[str]:
 
     from ..checkpoint import read
 
+    program = sys.argv[0]  # before it is the script's
     boxes_only = "--boxes-only" in words
     if boxes_only:
         words = [word for word in words if word != "--boxes-only"] + _without_masks(cfg)
 
     def load(filename: str, map_location: Any = None, **_: Any) -> dict[str, Any]:
-        checkpoint = read(filename)
+        try:
+            checkpoint = read(filename)
+        except (OSError, ValueError) as error:
+            sys.exit(f"{program}: {error}")
         if boxes_only:
             state = checkpoint.get("state_dict", checkpoint)
             for key in [key for key in state if str(key).startswith("roi_head.mask_")]:

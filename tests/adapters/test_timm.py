@@ -1,6 +1,8 @@
 """The timm adapter: registration, feature extraction, weights, and timm's own optimizers and trainers on top."""
 
+import argparse
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +140,34 @@ def test_published_weights_come_through_our_download(monkeypatch, tmp_path):
     torch.save(state, file)
     model = timm.create_model("dinat_mini", pretrained=True)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["file", "url"])
+@pytest.mark.parametrize("features_only", [False, True])
+def test_weights_pass_our_reader(tmp_path, monkeypatch, source, features_only):
+    """Nothing of the file runs, timm's own reader never sees it, and the weights are not kept twice."""
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr("dinat_backbones.checkpoint.reading.fetch", lambda address: tmp_path / Path(address).name)
+    location = {"file": tmp_path, "url": "https://host"}[source]
+    kwargs = dict(MADE["dinat_mini"], pretrained=True, features_only=features_only)
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made by the file"),)
+
+    model = fill_by_name(timm.create_model("dinat_mini", **MADE["dinat_mini"]))
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "good.pth")
+    torch.save({"state_dict": model.state_dict(), "args": Code()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match="needs code to be read"):
+        timm.create_model("dinat_mini", pretrained_cfg_overlay={source: f"{location}/bad.pth"}, **kwargs)
+    assert not (tmp_path / "made by the file").exists()
+    made = timm.create_model("dinat_mini", pretrained_cfg_overlay={source: f"{location}/good.pth"}, **kwargs)
+    extracted = made.model if features_only else made
+    state = extracted.state_dict()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    for holder in (made, extracted):
+        assert "state_dict" not in holder.pretrained_cfg
+        assert holder.pretrained_cfg[source] == f"{location}/good.pth"
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -1,13 +1,9 @@
 """Files made to do harm: none runs code, hangs or takes much memory; each gets one clear error.
 
-DINAT_FUZZ_SECONDS=600 lets the mutations run longer than their few seconds; DINAT_FUZZ_SEED=N starts at another seed.
+`python tools/fuzz.py files` tries mutations of good files.
 """
 
-import io
 import os
-import pickle
-import random
-import resource
 import struct
 import time
 import tracemalloc
@@ -16,10 +12,9 @@ import zipfile
 import numpy
 import pytest
 import torch
+from fuzzing.mutations import CALLS, MARK, text
 
 from dinat_backbones.checkpoint import Inert, read
-
-MARK = "dinat_code_was_run"
 
 
 def refused(path, *words):
@@ -37,30 +32,6 @@ def write_zip(path, data_pkl, storages=(), compression=zipfile.ZIP_STORED, **mor
         for name, content in more.items():
             archive.writestr(f"file/{name}", content)
     return path
-
-
-def text(value):
-    """The opcode of a short string."""
-    return b"\x8c" + bytes([len(value)]) + value.encode()
-
-
-MKDIR = text("os") + text("mkdir") + b"\x93"
-CALLS = {
-    "GLOBAL, REDUCE": b"\x80\x02cos\nmkdir\n" + b"(" + text(MARK) + b"tR.",
-    "STACK_GLOBAL, REDUCE": b"\x80\x04" + MKDIR + text(MARK) + b"\x85R.",
-    "INST": b"(" + text(MARK) + b"ios\nmkdir\n.",
-    "OBJ": b"\x80\x04(" + MKDIR + text(MARK) + b"o.",
-    "NEWOBJ": b"\x80\x04" + MKDIR + text(MARK) + b"\x85\x81.",
-    "NEWOBJ_EX": b"\x80\x04" + MKDIR + text(MARK) + b"\x85}\x92.",
-    "memo": b"\x80\x04" + MKDIR + b"\x940" + text(MARK) + b"\x85\x940" + b"h\x00h\x01R.",
-    "getattr": b"\x80\x04" + text("builtins") + text("getattr") + b"\x93" + MKDIR + text("__call__") + b"\x86R.",
-    "eval": b"\x80\x04" + text("builtins") + text("eval") + b"\x93" + text("open('a', 'w')") + b"\x85R.",
-    "dotted": b"\x80\x04" + text("torch.optim") + text("os.mkdir") + b"\x93" + text(MARK) + b"\x85R.",
-    "through numpy": b"\x80\x04" + text("numpy.random") + text("os.mkdir") + b"\x93" + text(MARK) + b"\x85R.",
-    "partial": b"\x80\x04" + text("functools") + text("partial") + b"\x93" + MKDIR + text(MARK) + b"\x86R)R.",
-    "BUILD of a function": b"\x80\x04" + text("torch._utils") + text("_rebuild_tensor") + b"\x93}" + MKDIR + b"sb.",
-    "extension": b"\x80\x02\x82\x01.",
-}
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "zip"])
@@ -190,95 +161,6 @@ def test_a_pickle_of_many_references_is_read_in_linear_time(tmp_path):
     content += bytes([104, 30])
     (tmp_path / "file.pkl").write_bytes(content + b"s.")
     assert len(read(tmp_path / "file.pkl")["a"]) == 10
-
-
-def samples():
-    """Good files of every format."""
-    arrays = {"a.weight": numpy.arange(12.0).reshape(3, 4), "b": numpy.float32(1), "c": numpy.ones((2, 2), order="F")}
-    state = {"state_dict": {"a.weight": torch.randn(3, 4), "b": torch.arange(5)}, "meta": {"epoch": 3, "best": arrays}}
-    files = [pickle.dumps({"model": arrays}, protocol) for protocol in (0, 2, 4, 5)]
-    for zipped in (True, False):
-        torch.save(state, buffer := io.BytesIO(), _use_new_zipfile_serialization=zipped)
-        files.append(buffer.getvalue())
-    numpy.savez(buffer := io.BytesIO(), **arrays)
-    files.append(buffer.getvalue())
-    return files
-
-
-def safetensors_sample():
-    save = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save
-    return save({"a.weight": torch.randn(3, 4), "b": torch.arange(5)}, {"openmmlab_meta": '{"epoch": 3}'})
-
-
-def mutate(content, rng):
-    content = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 4, 16])):
-        place = rng.randrange(len(content))
-        change = rng.randrange(6)
-        if change == 0:
-            content[place] = rng.randrange(256)
-        elif change == 1:
-            content[place] ^= 1 << rng.randrange(8)
-        elif change == 2:
-            del content[place : place + rng.choice([1, 4, 64])]
-        elif change == 3:
-            content[place:place] = rng.choice([*CALLS.values(), b"\xff" * 8, b"\x80\x04", b"(", b"R", b"b", b"s"])
-        elif change == 4:
-            other = rng.randrange(len(content))
-            content[place : place + 16] = content[other : other + 16]
-        else:
-            content[place : place + 8] = struct.pack("<q", rng.choice([-1, 1 << 20, 1 << 31, 1 << 40, (1 << 63) - 1]))
-        if not content:
-            return b""
-    if content[:2] == b"PK" and rng.random() < 0.7:  # so that more than its checksums is tried
-        return with_new_checksums(bytes(content))
-    return bytes(content)
-
-
-def with_new_checksums(content):
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            files = []
-            for item in archive.infolist():
-                start = item.header_offset + 30 + len(item.filename)
-                extra = struct.unpack("<H", content[item.header_offset + 28 : item.header_offset + 30])[0]
-                files.append((item.filename, content[start + extra : start + extra + item.compress_size]))
-        out = io.BytesIO()
-        with zipfile.ZipFile(out, "w") as archive:
-            for name, data in files:
-                archive.writestr(name, data)
-        return out.getvalue()
-    except Exception:
-        return content
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_mutated_files(tmp_path, monkeypatch, suffix):
-    monkeypatch.chdir(tmp_path)
-    seconds, seed = float(os.environ.get("DINAT_FUZZ_SECONDS", 5)), int(os.environ.get("DINAT_FUZZ_SEED", 0))
-    files = samples() if suffix == ".pth" else [safetensors_sample()]
-    path, end, outcomes = tmp_path / f"file{suffix}", time.perf_counter() + seconds, {"read": 0, "refused": 0}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    while time.perf_counter() < end:
-        rng = random.Random(seed)
-        path.write_bytes(mutate(rng.choice(files), rng))
-        begin = time.perf_counter()
-        try:
-            found = read(path)
-            assert isinstance(found, dict)
-            outcomes["read"] += 1
-        except ValueError as error:
-            assert "\n" not in str(error) and str(path) in str(error), f"seed {seed}: {error}"
-            outcomes["refused"] += 1
-        except Exception as error:
-            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-        assert time.perf_counter() - begin < 10, f"seed {seed}"
-        assert os.listdir(tmp_path) == [path.name], f"seed {seed}"
-        seed += 1
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
-    assert grown < 200 << 10, f"{grown} KiB"
-    print(f"{sum(outcomes.values())} files {suffix}, next seed {seed}: {outcomes}")
-    assert outcomes["refused"] and outcomes["read"]
 
 
 def test_inert_objects_keep_what_the_file_says(tmp_path):

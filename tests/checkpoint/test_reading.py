@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy
 import pytest
@@ -80,6 +81,32 @@ def test_truncated_file(tmp_path, weights, keep, legacy):
         load_backbone(backbone(), path)
 
 
+def test_a_file_without_checksums(tmp_path, weights):
+    """As torch writes it with `set_crc32_options(False)`: every CRC-32 is 0."""
+    if not hasattr(torch.serialization, "set_crc32_options"):  # before torch 2.6
+        pytest.skip("this torch always writes checksums")
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, weights)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(path) as archive:
+        assert not any(item.CRC for item in archive.infolist())
+    found = read(path)
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_one_wrong_bit(tmp_path, weights):
+    """Shapes and structure are those of the file; its CRC-32 is not."""
+    path = save(tmp_path, weights)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda item: item.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(content)
+    refused_read(path, largest.filename, "another CRC-32")
+
+
 def refused_read(path, *words):
     with pytest.raises(ValueError) as caught:
         read(path)
@@ -100,5 +127,25 @@ def test_not_a_dictionary(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth is not there"):
         read(tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="is a folder"):
+    with pytest.raises(FileNotFoundError, match="is a folder, not a file"):
         read(tmp_path)
+
+
+def test_folders_of_shards(tmp_path, weights):
+    """The command that the message advises makes a file that loads."""
+    distributed = pytest.importorskip("torch.distributed.checkpoint")
+    folder, target = tmp_path / "dcp", tmp_path / "file.pth"
+    distributed.save({"state_dict": weights}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(FileNotFoundError, match="make a file of it: python -m ") as caught:
+        read(folder)
+    words = str(caught.value).partition(": python ")[2].replace("TARGET.pth", str(target)).split()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = backbone()
+    load_backbone(model, target)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+    (tmp_path / "epoch_1.pth").mkdir()
+    save(tmp_path / "epoch_1.pth", weights, "rank0.pth")
+    with pytest.raises(FileNotFoundError, match="FSDP shards.*state_dict_cfg='full'"):
+        read(tmp_path / "epoch_1.pth")

@@ -1,16 +1,18 @@
 """Several processes on one machine's CPU, through tools/train.py as torchrun starts it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from helpers import ROOT, environment
+from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 
+from dinat_backbones.checkpoint import read
 from dinat_backbones.cli import shapes
 
 # One step of gradient descent at a rate of 1, so that the change of a weight is its gradient.
@@ -58,6 +60,14 @@ custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab", "start_hook
 """
 
 
+TWO_EPOCHS = f"""
+_base_ = ["config.py", "{ROOT}/configs/_base_/fsdp.py"]
+train_cfg = dict(max_epochs=2)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=1e-3))
+default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, max_keep_ckpts=2))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
@@ -66,6 +76,7 @@ def folder(tmp_path_factory):
     (folder / "start_hook.py").write_text(START_HOOK)
     (folder / "with_start.py").write_text(WITH_START)
     (folder / "fsdp.py").write_text(f"_base_ = ['config.py', '{ROOT}/configs/_base_/fsdp.py']")
+    (folder / "two_epochs.py").write_text(TWO_EPOCHS)
     return folder
 
 
@@ -75,10 +86,10 @@ def parallel(folder):
     return train(folder, 2, "parallel")
 
 
-def train(folder, processes, name, config="config.py"):
+def train(folder, processes, name, *words, config="config.py"):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     launcher = ["--launcher", "pytorch"] * (processes > 1)
-    command = [sys.executable, *launch, str(ROOT / "tools" / "train.py"), config, "--work-dir", name, *launcher]
+    command = [sys.executable, *launch, str(ROOT / "tools" / "train.py"), config, "--work-dir", name, *launcher, *words]
     run = subprocess.run(
         [*command, "--cfg-options", f"train_dataloader.batch_size={4 // processes}"],
         capture_output=True,
@@ -112,7 +123,22 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(folder, pa
 
 
 def test_training_in_shards(folder, parallel):
-    """FSDP does the same step; its checkpoint is a folder of what each process holds."""
+    """FSDP does the same step, and its checkpoint is a file as any other's."""
     sharded = train(folder, 2, "sharded", config="fsdp.py")
     assert loss(parallel) == pytest.approx(loss(sharded), rel=1e-5)
-    assert sorted((sharded / "epoch_1.pth").iterdir())
+    assert read(sharded / "epoch_1.pth")["state_dict"].keys() == weights(parallel).keys()
+
+
+def test_training_in_shards_is_resumed(folder):
+    """The second epoch with the optimizer of the first, which AdamW's step depends on."""
+    whole = train(folder, 2, "two_epochs", config="two_epochs.py")
+    resumed = folder / "resumed"
+    resumed.mkdir()
+    shutil.copy(whole / "epoch_1.pth", resumed)
+    (resumed / "last_checkpoint").write_text(str(resumed / "epoch_1.pth"))
+    train(folder, 2, "resumed", "--resume", config="two_epochs.py")
+    one, two = (read(run / "epoch_2.pth") for run in (whole, resumed))
+    assert one["meta"]["epoch"] == two["meta"]["epoch"] == 2
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    assert_near(two["state_dict"].values(), one["state_dict"].values(), 1e-6)
+    assert any((one["state_dict"][k] - value).any() for k, value in read(whole / "epoch_1.pth")["state_dict"].items())

@@ -3,7 +3,7 @@
     custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab"])
     model = dict(backbone=dict(type="DiNAT", arch="dinat_mini", dilations="coco"))
 
-Importing this package registers the backbones, the hook, the optimizer constructor and the FSDP policy in mmengine's
+Importing this package registers the backbones, the hook, the optimizer constructor and what FSDP needs in mmengine's
 root registry, where every framework's own registry looks last; serves mmcv's operators where mmcv was installed without
 them; gives mmengine the reader of `checkpoint` for the files that it loads, and its FLOP counter the op.
 """
@@ -23,9 +23,10 @@ from ...ops.flops import TRACED_OPS
 from .. import mmcv_ext
 from . import checkpoints
 from .backbones import NAT, CheckpointInitMixin, DiNAT, DiNAT_s
+from .fsdp import ResumableFSDPStrategy, wrap_dinat_blocks
 from .optim import LayerDecayOptimWrapperConstructor
+from .seeding import SeedStepsHook
 from .swap import SwapError, changes, with_backbone
-from .training import SeedStepsHook, wrap_dinat_blocks
 
 mmcv_ext.install()
 checkpoints.register()
@@ -38,6 +39,7 @@ __all__ = [
     "DiNAT",
     "DiNAT_s",
     "LayerDecayOptimWrapperConstructor",
+    "ResumableFSDPStrategy",
     "SeedStepsHook",
     "SwapError",
     "changes",

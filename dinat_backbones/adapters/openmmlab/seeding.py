@@ -1,13 +1,11 @@
-"""What training with mmengine may use: random choices that survive a restart, and FSDP's policy."""
+"""Random choices of training that survive a restart."""
 
 from typing import Any
 
-import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-from mmengine.registry import FUNCTIONS, HOOKS
+from mmengine.registry import HOOKS
 
-from ...layers import Block
 from ..seeding import seed_everything
 
 
@@ -35,9 +33,3 @@ class SeedStepsHook(Hook):
 
     def _seed(self, runner: Any, step: int) -> None:
         seed_everything(runner.seed, get_rank(), step)
-
-
-@FUNCTIONS.register_module(force=True)
-def wrap_dinat_blocks(module: torch.nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """`auto_wrap_policy` for FSDP: every transformer block of a backbone is gathered and freed by itself."""
-    return recurse or isinstance(module, Block)

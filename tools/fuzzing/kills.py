@@ -1,0 +1,282 @@
+"""Commands ended at a random moment, by SIGKILL or as by Ctrl-C, and run again.
+
+Afterwards no file is half-written: what has its final name can be read. The second run ends well, going on from what
+there is or starting anew, and leaves what an undisturbed run leaves. Commands are forked from this process, which has
+imported the frameworks. Not looked at are logs, which grow line by line, and configs that mmengine dumps.
+"""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import torch
+
+from dinat_backbones import cli
+from dinat_backbones.checkpoint import fetch, read
+
+from .core import Session
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+_base_ = "{root}/configs/demo/upernet_dinat_shapes.py"
+train_dataloader = dict(batch_size=1, dataset=dict(data_root="{data}/"))
+val_dataloader = dict(batch_size=1, dataset=dict(data_root="{data}/"))
+test_dataloader = dict(batch_size=1, dataset=dict(data_root="{data}/"))
+train_cfg = dict(max_epochs=3, val_begin=9)
+model = dict(backbone=dict(drop_path_rate=0.3))
+default_hooks = dict(logger=dict(interval=1))
+custom_hooks = [dict(type="SeedStepsHook")]
+"""
+
+
+class Command(NamedTuple):
+    """What is run in an empty folder, what after it was ended, and what is compared of the result."""
+
+    run: Callable[[], None]
+    again: Callable[[], None]
+    result: Callable[[Path], Any]
+
+
+def dinat(*words: object) -> Callable[[], None]:
+    """A command line of `dinat`."""
+    return lambda: cli.main([str(word) for word in words])
+
+
+def weights_of(name: str) -> Callable[[Path], Any]:
+    """A checkpoint by name in the folder: the bytes of its tensors."""
+
+    def result(folder: Path) -> Any:
+        checkpoint = read(folder / name)
+        state = checkpoint.get("state_dict", checkpoint)
+        return {key: value.contiguous().view(torch.uint8).numpy().tobytes() for key, value in state.items() if value.dim()}
+
+    return result
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """The hash of every file that has its final name."""
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if is_final(path)}
+    return {str(name): hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """The last evaluation's metrics."""
+    files = sorted(folder.glob("out/*/*.json"), key=lambda path: path.stat().st_mtime)
+    metrics = json.loads(files[-1].read_text())
+    return {name: value for name, value in metrics.items() if "time" not in name}
+
+
+def is_final(path: Path) -> bool:
+    """Whether it is a file under its final name, not one that a program is still writing or its lock."""
+    return path.is_file() and not path.name.startswith(".") and path.suffix not in (".partial", ".lock")
+
+
+def check_files(folder: Path) -> None:
+    """Raise for a file that is not whole."""
+    for path in filter(is_final, folder.rglob("*")):
+        if "vis_data" in path.parts or path.suffix in (".log", ".py"):
+            continue
+        try:
+            if path.suffix in (".pth", ".safetensors"):
+                read(path)
+            elif path.suffix == ".pt2":
+                torch.export.load(path)
+            elif path.suffix in (".png", ".jpg"):
+                assert cv2.imread(str(path)) is not None
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.name == "last_checkpoint":
+                assert Path(path.read_text()).is_file()
+        except Exception as error:
+            raise AssertionError(f"{path.relative_to(folder)} is half-written: {error}") from error
+
+
+def slow_server(content: bytes) -> str:
+    """The address of a file that takes a second and more to download; it can be continued."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client was ended
+                for position in range(start, len(content), 1 << 18):
+                    self.wfile.write(content[position : position + (1 << 18)])
+                    time.sleep(0.05)
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}/file.pth#sha256={hashlib.sha256(content).hexdigest()}"
+
+
+def download(address: str) -> None:
+    """Into the present folder."""
+    torch.hub.set_dir(".")
+    shutil.copy(fetch(address), "downloaded.pth")
+
+
+def prepare(folder: Path) -> dict[str, Command]:
+    """The commands, with the data and weights that they need in `folder`."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    from dinat_backbones import DiNAT
+    from dinat_backbones.cli import export, shapes
+
+    data, config, model = folder / "shapes", folder / "config.py", folder / "model.pth"
+    shapes.make_shapes(data, train=2, val=3, size=64, layouts=["ade20k"])
+    config.write_text(CONFIG.format(root=ROOT, data=data))
+    cfg = Config.fromfile(config)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        segmentor = MODELS.build(cfg.model)
+    torch.save({"meta": {}, "state_dict": segmentor.state_dict()}, model)
+    small = DiNAT(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[2], [1]], mlp_ratio=2.0)
+    exported = export.Exported(small.eval(), ("stage0", "stage1"))
+
+    def export_small() -> None:
+        export.build = lambda *arguments: exported  # of this process, which is a child
+        cli.main(["export", "dinat_mini", "--format", "pt2", "--size", "40x40", "--out", "out/model.pt2"])
+
+    def graph(folder: Path) -> list[torch.Tensor]:
+        module = torch.export.load(folder / "out/model.pt2").module()
+        return [t.detach().numpy().tobytes() for t in module(torch.ones(1, 3, 40, 40))]
+
+    images = data / "images/validation"
+    predict = "predict", images, "--config", config, "--checkpoint", model, "--out", "out", "--device", "cpu"
+    convert = "convert", model, "out/target.pth", "--to", "imagenet"
+    train = "train", config, "--work-dir", "out"
+    address = slow_server(os.urandom(8 << 20))
+    return {
+        "train": Command(dinat(*train), dinat(*train, "--resume"), weights_of("out/epoch_3.pth")),
+        "test": Command(*[dinat("test", config, model, "--work-dir", "out")] * 2, metrics_of),
+        "predict": Command(dinat(*predict), dinat(*predict), files_of),
+        "convert": Command(dinat(*convert), dinat(*convert, "--force"), weights_of("out/target.pth")),
+        "export": Command(export_small, export_small, graph),
+        "shapes": Command(*[dinat("shapes", "out", "--train", 20, "--val", 5, "--size", 64, "--replace")] * 2, files_of),
+        "download": Command(*[functools.partial(download, address)] * 2, files_of),
+    }
+
+
+def fork(function: Callable[[], None], folder: Path) -> int:
+    """The id of a process that runs `function` in `folder`, its output in a log beside it."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(folder)
+        log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        function()
+        status = 0
+    except SystemExit as stopped:
+        print(stopped)
+        status = int(stopped.code is not None and stopped.code != 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The exit status, None if it is still running after that time."""
+    end = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.005)
+
+
+def end(child: int, number: int, name: str) -> None:
+    """Send a signal, after which the process has a minute; raise if it takes longer."""
+    os.kill(child, number)
+    if wait(child, 60) is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise AssertionError(f"{name} went on for a minute after {signal.Signals(number).name}")
+
+
+def to_the_end(function: Callable[[], None], folder: Path, name: str) -> None:
+    """Run to the end; raise unless it ends well."""
+    child = fork(function, folder)
+    status = wait(child, 600)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    said = Path(f"{folder}.log").read_text(errors="replace")[-1500:]
+    assert status == 0, f"{name} ended with status {status}: {said}"
+
+
+def run(session: Session) -> None:
+    """`python tools/fuzz.py kills`."""
+    import mmseg.apis  # noqa: F401
+    import torch._dynamo  # noqa: F401  # what exporting imports
+
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(prefix="dinat-kills-"))
+    try:
+        session.say(f"undisturbed runs, in {root}")
+        commands, expected, duration = prepare(root), {}, {}
+        for name, command in commands.items():
+            folder = root / f"undisturbed-{name}"
+            folder.mkdir()
+            begin = time.monotonic()
+            to_the_end(command.run, folder, name)
+            duration[name] = time.monotonic() - begin
+            check_files(folder)
+            expected[name] = command.result(folder)
+        session.say(", ".join(f"{name} {seconds:.1f} s" for name, seconds in duration.items()))
+
+        def one(seed: int) -> str:
+            rng = random.Random(seed)
+            name = list(commands)[seed % len(commands)]
+            number = rng.choice([signal.SIGKILL, signal.SIGINT])
+            moment = rng.uniform(0, 1.1) * duration[name]
+            folder = root / f"case-{seed}"
+            folder.mkdir()
+            child = fork(commands[name].run, folder)
+            ended = wait(child, moment)
+            what = f"{name}, {signal.Signals(number).name} after {moment:.2f} of {duration[name]:.2f} s"
+            if ended is None:
+                end(child, number, what)
+            check_files(folder)
+            if number == signal.SIGINT and name != "download":  # which goes on with what it has
+                left = [str(path) for path in folder.rglob("*.partial*")]
+                assert not left, f"{what}: left {left}"
+            to_the_end(commands[name].again, folder, f"again after {what}")
+            check_files(folder)
+            assert commands[name].result(folder) == expected[name], f"{what}: another result than undisturbed"
+            shutil.rmtree(folder)
+            return f"{name} {'ended before' if ended is not None else signal.Signals(number).name}"
+
+        session.try_each(one)
+    finally:
+        if not session.failures:
+            shutil.rmtree(root)
