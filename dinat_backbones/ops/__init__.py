@@ -1,14 +1,13 @@
 """Two-dimensional neighborhood attention with relative positional bias: one signature, several backends."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 
 from . import autocast
 from .backends import BACKENDS, reference
-from .backends.base import Backend
 from .checks import check_call
+from .dispatch import choose_backend
 
 __all__ = [
     "BACKENDS",
@@ -16,10 +15,6 @@ __all__ = [
     "neighborhood_attention_2d_qkvpacked",
     "neighborhood_attention_2d_with_weights",
 ]
-
-logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str]] = set()  # (backend, device type)
-_warned: set[tuple[str, str]] = set()
 
 
 def neighborhood_attention_2d(
@@ -130,48 +125,7 @@ def _run(
     scale: float,
     backend: str | None,
 ) -> torch.Tensor:
-    chosen = _choose(qkv, rpb, kernel_size, dilation, scale, backend)
+    chosen = choose_backend(qkv, rpb, kernel_size, dilation, scale, backend)
     if len(qkv) == 1 and not chosen.takes_packed_qkv:
         qkv = qkv[0].unbind(3)
     return chosen.attention(qkv, rpb, kernel_size, dilation, scale)
-
-
-def _choose(
-    qkv: Sequence[torch.Tensor],
-    rpb: torch.Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    scale: float,
-    name: str | None,
-) -> Backend:
-    """The backend that runs this call: the named one, or the first that is automatic here and has no objection."""
-    device = qkv[0].device
-    if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend={name!r} is unknown; choose one of {sorted(BACKENDS)} or None")
-        reasons = BACKENDS[name].unsupported(qkv, rpb, kernel_size, dilation, scale)
-        if reasons:
-            raise RuntimeError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
-        return BACKENDS[name]
-    objections: list[tuple[str, list[str]]] = []
-    for name, candidate in BACKENDS.items():
-        if not candidate.automatic(device):
-            continue
-        reasons = candidate.unsupported(qkv, rpb, kernel_size, dilation, scale)
-        if not reasons:
-            if not torch.compiler.is_compiling():
-                _report(name, device, objections)
-            return candidate
-        objections.append((name, reasons))
-    raise RuntimeError(f"no backend runs this call: {objections}")
-
-
-def _report(name: str, device: torch.device, objections: list[tuple[str, list[str]]]) -> None:
-    """Log the choice, once; warn, once, if a faster backend was passed over because its installation is at fault."""
-    if (name, device.type) not in _logged:
-        _logged.add((name, device.type))
-        logger.debug("backend %r runs the calls on %s", name, device.type)
-    for other, reasons in objections:
-        if set(reasons) <= set(BACKENDS[other].faults(device)) and (other, device.type) not in _warned:
-            _warned.add((other, device.type))
-            logger.warning("backend %r runs instead of %r, which is faster: %s", name, other, "; ".join(reasons))
