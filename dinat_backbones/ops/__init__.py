@@ -39,19 +39,19 @@ def neighborhood_attention_2d(
             `torch.autocast` they are cast to its dtype (float64 is not), as for PyTorch's own attention.
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis
             is ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
-        kernel_size: odd, at least 3 (1 would attend to itself alone).
+        kernel_size: odd, at least 3.
         dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
         scale: multiplies the query; None stands for ``head_dim ** -0.5``.
-        backend: one of `BACKENDS` to insist on it; None takes the first that supports the call.
+        backend: one of `BACKENDS`; None takes the first that supports the call.
 
     Returns:
         ``[B, H, W, heads, head_dim]`` in the dtype of `query`. Softmax and the gradient of `rpb` accumulate in float32
         (float64 for float64 inputs). Second derivatives and the transforms of `torch.func` are computed in plain
-        PyTorch, with memory and time to match.
+        PyTorch, which takes more memory and time.
 
     Raises:
-        ValueError: shapes, sizes or dtypes that do not fit together, an unknown `backend`.
-        RuntimeError: `backend` was named but does not support the call; the message holds all its reasons.
+        ValueError: shapes, sizes, dtypes or devices that do not fit together, an unknown `backend`.
+        RuntimeError: the named `backend` does not support the call; the message has all its reasons.
     """
     return _attend((query, key, value), rpb, kernel_size, dilation, scale, backend)
 
@@ -67,7 +67,8 @@ def neighborhood_attention_2d_qkvpacked(
 ) -> torch.Tensor:
     """`neighborhood_attention_2d` of one tensor ``[B, H, W, 3, heads, head_dim]``, as a qkv projection leaves it.
 
-    Its gradient comes in one tensor, too, which saves a copy where the backend can do that.
+    Arguments, result and errors are the same otherwise. The gradient of `qkv` is one tensor as well, which saves a copy
+    in backends that support it.
     """
     return _attend((qkv,), rpb, kernel_size, dilation, scale, backend)
 
@@ -86,11 +87,15 @@ def neighborhood_attention_2d_with_weights(
     """`neighborhood_attention_2d` and its attention weights, in plain PyTorch.
 
     Args:
+        query, key, value, rpb, kernel_size, dilation, scale: see `neighborhood_attention_2d`.
         dropout: applied to the weights before they multiply the values.
 
     Returns:
         The output, and the weights before dropout ``[B, H, W, heads, K, K]`` (rows, then columns of the window) in
         float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, sizes, dtypes or devices that do not fit together.
     """
     check_call((query, key, value), rpb, kernel_size, dilation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
