@@ -66,7 +66,7 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The gradient with respect to the logits into `grad_input` (N, classes); the factor of each row into `buff` (N,)."""
+    """Gradients with respect to logits into `grad_input` (N, classes); the factor of each row into `buff` (N,)."""
     valid = target >= 0
     p = input.gather(1, target.clamp(min=0)[:, None])[:, 0]
     factor = alpha * (-(1 - p).pow(gamma) + gamma * (1 - p).pow(gamma - 1) * p * p.clamp(min=LEAST).log())

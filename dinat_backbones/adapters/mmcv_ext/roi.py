@@ -96,7 +96,7 @@ def _sample_points(
     least_size: float,
     start_shift: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For chunks of RoIs with equally many samples per bin: their indices, and the samples' y and x (chunk, *bins, samples).
+    """Chunks of RoIs with equally many samples per bin: indices, and y and x of the samples (chunk, *bins, samples).
 
     Args:
         shape: of the input, (N, C, H, W).
