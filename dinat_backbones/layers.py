@@ -109,7 +109,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and large_on_cpu(x, self.hidden) and runs_unobserved(self.fc1, self.fc2, self.drop):
+        if not self.training and large_on_cpu(x, self.hidden) and can_run_in_pieces(self.fc1, self.fc2, self.drop):
             return in_pieces(self._forward, x, self.hidden)
         return self._forward(x)
 
@@ -127,7 +127,7 @@ def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
     return x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
 
 
-def runs_unobserved(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
+def can_run_in_pieces(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
     """Whether these modules can be called on pieces of a map: all are of exactly these types and have no hooks.
 
     Others (a quantized layer, an adapter of PEFT) may depend on the whole map.

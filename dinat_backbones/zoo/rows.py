@@ -148,7 +148,7 @@ class Detection(Downstream):
     box_ap: float
     mask_ap: float
     detector: str  # "mask_rcnn" | "cascade_mask_rcnn"
-    fp16: bool = True  # trained in mixed precision, which the config's name says
+    fp16: bool = True  # trained in mixed precision ("amp" in the config's name)
 
     flops_input: ClassVar[tuple[int, int]] = (1280, 800)  # width, height
 
@@ -220,7 +220,7 @@ class Segmentation(Downstream):
     miou_single_scale: float
     miou_multi_scale: float
     size: int = 512
-    fp16: bool = True  # trained in mixed precision, which the config's name says
+    fp16: bool = True  # trained in mixed precision ("amp" in the config's name)
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@
 | shapes_cityscapes_sem_seg_{}      | cityscapes_fine_sem_seg_{}              | cityscapes                          |
 
 As for ADE20K, `annotations_detectron2` holds the label maps of `annotations` counted from 0, with 255 for unlabelled.
-The panoptic set takes its label maps for mIoU from the Cityscapes layout, which has them as Detectron2 wants them.
+The panoptic set takes its label maps for mIoU from the Cityscapes layout, which has them as Detectron2 reads them.
 """
 
 import json

@@ -18,7 +18,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_dropout_prob: dropout after the tokenizer and the MLPs.
         attention_probs_dropout_prob: dropout on the attention weights and after the projection of the attention.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        hidden_act: activation of the MLPs: a name that transformers knows, or a callable (which cannot be saved).
+        hidden_act: activation of the MLPs: a name in `ACT2FN` of transformers, or a callable (which cannot be saved).
         initializer_range: standard deviation of the initial weights.
         layer_norm_eps: of the norms of the blocks, and of the last one.
         layer_scale_init_value: initial layer scale; 0 for models without.

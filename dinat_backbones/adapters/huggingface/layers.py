@@ -19,10 +19,10 @@ from ...layers import (
     ConvDownsampler,
     ConvTokenizer,
     Stage,
+    can_run_in_pieces,
     drop_path_rates,
     in_pieces,
     large_on_cpu,
-    runs_unobserved,
 )
 from .configuration import NatConfig
 
@@ -158,7 +158,7 @@ class NatLayer(GradientCheckpointingLayer, Block):
         if not self.training and large_on_cpu(x, self.hidden):
             modules = (*self.intermediate.modules(), *self.output.modules())
             types = (NatIntermediate, NatOutput, nn.Linear, nn.Dropout, type(ACT2FN["gelu"]))
-            if runs_unobserved(*modules, types=types):
+            if can_run_in_pieces(*modules, types=types):
                 return in_pieces(self._mlp, x, self.hidden)
         return self._mlp(x)
 

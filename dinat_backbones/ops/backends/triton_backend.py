@@ -2,7 +2,7 @@
 
 Queries are processed in 2-D tiles of one dilation group; a query tile attends to the block of keys its windows span, on
 the tensor cores, with an online softmax in float32. The backward pass recomputes the weights from the saved logarithm
-of the softmax's denominator. Beside inputs and outputs there are two float32 numbers per query and head, and no matrix
+of the softmax's denominator. Besides inputs and outputs there are two float32 numbers per query and head, and no matrix
 [.., K * K]. `triton_kernels.py` has the kernels; they are compiled at the first call on a GPU, so that importing this
 package needs no Triton.
 
@@ -85,7 +85,7 @@ def tiles(kernel_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tiles, T
         rows = max(keys // columns, least_rows)
         return Tiles(64 // tile_columns, tile_columns, rows, keys // rows, warps, 2)
 
-    # The sums over rows in the gradient of the bias are a product over tile_rows * rows, which has to be 16 or more.
+    # The sums over rows in the gradient of the bias are a product over tile_rows * rows, which must be 16 or more.
     least_rows = -(-16 * tile_columns // 64)
     return tiles_of(at_a_time[0], 1), tiles_of(at_a_time[1], least_rows), tiles_of(at_a_time[2], 1)
 

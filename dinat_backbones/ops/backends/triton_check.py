@@ -15,13 +15,13 @@ from .tiled import plain_attention
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
 
-# of the largest magnitude; float32 as with TF32 products, which torch may be told to use
+# relative to the largest magnitude; float32 allows for TF32 products, which can be turned on in torch
 TOLERANCES = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 REPORT = "please report this with the output of `dinat info`; DINAT_CHECK=0 in the environment skips the comparison"
 
 
 def turned_off() -> bool:
-    """Whether DINAT_CHECK says so."""
+    """Whether DINAT_CHECK in the environment turns the comparison off."""
     return os.environ.get("DINAT_CHECK", "").lower() in ("0", "false", "no", "off", "n")
 
 
