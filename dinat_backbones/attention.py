@@ -26,7 +26,7 @@ for _function in (
 
 
 class _Attention2D(nn.Module):
-    """What both attention modules consist of, under the published names; `span` is the side of a bias table."""
+    """Layers of both attention modules, under the published names; `span` is the side of a bias table."""
 
     rpb: nn.Parameter | None
 
@@ -45,7 +45,7 @@ class _Attention2D(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(
-                f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs equally many channels"
+                f"dim={dim} is not a multiple of num_heads={num_heads}; every head needs the same number of channels"
             )
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
@@ -62,24 +62,24 @@ class _Attention2D(nn.Module):
 
 
 class NeighborhoodAttention2D(_Attention2D):
-    """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]``, of any height and width from 1 upwards.
+    """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]`` of any height and width.
 
     A map smaller than ``kernel_size * dilation`` is zero-padded at the bottom and the right *before* `qkv`, so that the
     padded keys and values equal the bias of `qkv` and take part in the attention, and the result is cropped before
-    `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``). `ops/padding.py`
-    does both.
+    `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``). See
+    `ops/padding.py`.
 
     Args:
         dim: channels; a multiple of `num_heads`.
         num_heads: number of heads.
         kernel_size: side of the window, odd, at least 3.
         dilation: step between neighbors, at least 1.
-        qkv_bias: give the qkv projection a bias.
+        qkv_bias: whether the qkv projection has a bias.
         qk_scale: multiplies the query; None stands for ``head_dim ** -0.5``.
         attn_drop, proj_drop: dropout on the attention weights and on the output. With ``attn_drop > 0`` training
-            materializes the weights (plain PyTorch).
-        rel_pos_bias: own the learned table `rpb` ``[heads, 2K-1, 2K-1]``.
-        backend: insist on one backend of the op (see `neighborhood_attention_2d`).
+            runs in plain PyTorch and holds the weights in memory.
+        rel_pos_bias: whether there is a learned table `rpb` ``[heads, 2K-1, 2K-1]``.
+        backend: of the op, see `neighborhood_attention_2d`.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -119,8 +119,8 @@ class NeighborhoodAttention2D(_Attention2D):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``[B, H, W, dim]`` to the same shape and dtype.
 
-        With `return_attention` a pair: also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then
-        columns) in float32, computed in plain PyTorch.
+        With `return_attention` also the weights before dropout, ``[B, H, W, heads, K, K]`` (window rows, then columns)
+        in float32, computed in plain PyTorch.
         """
         height, width = x.shape[1], x.shape[2]
         qkv = self._project(pad_to_reach(x, self.kernel_size * self.dilation))
@@ -138,9 +138,9 @@ class NeighborhoodAttention2D(_Attention2D):
         return (x, crop(attention, height, width)) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One tensor ``[B, H, W, 3, heads, head_dim]``; three, where a subclass has three projections."""
-        qkv: torch.Tensor = self.qkv(x)
-        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        """Packed qkv ``[B, H, W, 3, heads, head_dim]``; a subclass with three projections returns three tensors."""
+        qkv: torch.Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return qkv
 
     def extra_repr(self) -> str:
         return (
@@ -152,19 +152,19 @@ class NeighborhoodAttention2D(_Attention2D):
 class GlobalAttention2D(_Attention2D):
     """Multi-head self-attention over a whole map ``[B, size, size, dim]`` with a learned relative positional bias.
 
-    It is neighborhood attention whose window covers the map, ``kernel_size=size``, for even sizes, too: the bias of a
-    pair is ``rpb[:, key_row - query_row + size - 1, key_column - query_column + size - 1]``. ViT-rpb consists of it, to
-    which the DiNAT paper (arXiv 2209.15001) compares isotropic models.
+    It is neighborhood attention with a window that covers the map, ``kernel_size=size``, odd or even: the bias of a
+    pair is ``rpb[:, key_row - query_row + size - 1, key_column - query_column + size - 1]``. It is the attention of
+    ViT-rpb, with which the DiNAT paper (arXiv 2209.15001) compares its isotropic models.
 
     Args:
         size: side of the map, at least 1.
         dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, rel_pos_bias: see `NeighborhoodAttention2D`.
 
     Raises:
-        ValueError: arguments that do not fit together; from the call, a map of another size.
+        ValueError: arguments that do not fit together; in the forward pass, a map of another size.
 
-    The published files hold the index of every pair's bias, `relative_position_index` ``[size**2, size**2]`` in int64
-    (query, key; into a flattened table).
+    As in the published files, the buffer `relative_position_index` ``[size**2, size**2]`` (query, key), int64, holds
+    the index of every pair's bias in a flattened table.
     """
 
     relative_position_index: torch.Tensor
@@ -195,7 +195,7 @@ class GlobalAttention2D(_Attention2D):
         )
         self.size = size
         if rel_pos_bias:
-            # Of pixels numbered in rows of 2 * size - 1, two differ by their offset in a table of that width.
+            # With pixels numbered in rows of 2 * size - 1, differences are offsets in a flattened table of that width.
             pixels = torch.arange(size)
             number = ((2 * size - 1) * pixels[:, None] + pixels).flatten()
             self.register_buffer("relative_position_index", number - number[:, None] + number[-1])
@@ -205,8 +205,8 @@ class GlobalAttention2D(_Attention2D):
         batch, height, width, dim = x.shape
         if height != self.size or width != self.size:
             raise ValueError(
-                f"a map of {height}x{width} was given to attention over maps of {self.size}x{self.size}, which has a "
-                f"bias for no other size; build the model for that image size (img_size=...)"
+                f"got a map of {height}x{width}; expected {self.size}x{self.size}, the only size that this attention "
+                f"has a bias for: build the model for that image size (img_size=...)"
             )
         qkv = self.qkv(x).view(batch, height * width, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)

@@ -1,4 +1,4 @@
-"""Image classifiers: the backbones with the ImageNet head, and every published one by its name.
+"""Image classifiers: backbones with the ImageNet head, and all published ones by name.
 
 model = create_classifier("dinat_mini", pretrained=True)
 logits = model(images)                              # [B, 1000]
@@ -21,9 +21,9 @@ from .layers import NormLayer, init_linear
 
 
 class Classifier(nn.Module):
-    """Norm, mean over the map and a linear layer; the first base of a classifier, before a backbone with `stage_maps`.
+    """Norm, mean over the map and a linear layer: a mixin, to be put before a backbone with `stage_maps`.
 
-    Further arguments of every classifier:
+    Args, besides those of the backbone:
         num_classes: 0 for none; the model then returns its pooled features.
         global_pool: "avg", or "" to keep the map: `head` is then applied to each of its pixels.
 
@@ -57,14 +57,18 @@ class Classifier(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, with random weights; `global_pool` None leaves the pooling as it is."""
+        """Replace the head by a new one with random weights; `global_pool` None keeps the pooling.
+
+        Raises:
+            ValueError: negative `num_classes`, another `global_pool`.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: expected at least 0 (0 for a model without head)")
         if global_pool not in (None, "avg", ""):
             raise ValueError(f"global_pool={global_pool!r}: expected 'avg', or '' to keep the map")
         self.num_classes = num_classes
         self.global_pool = self.global_pool if global_pool is None else global_pool
-        like = next(self.parameters())  # a model that has been moved gets its new head where it is
+        like = next(self.parameters())  # the new head has the device and dtype of the model
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
         init_linear(self.head.train(self.training))
 
@@ -73,7 +77,7 @@ class Classifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images to the normed last map, ``[B, num_features, H / stride, W / stride]`` rounded up."""
+        """Images to the last map after the norm, ``[B, num_features, H / stride, W / stride]`` rounded up."""
         for features in self.stage_maps(x):
             x = features
         return self.norm(x).permute(0, 3, 1, 2)
@@ -100,13 +104,13 @@ class Classifier(nn.Module):
         Args:
             x: images ``[B, in_chans, H, W]``.
             indices: which stages, negative ones from the end; a number n for the last n; None for all.
-            norm: apply the model's norm to those maps that are as wide as the last one.
-            stop_early: compute no stage after the last wanted one.
+            norm: apply the model's norm to the maps that have as many channels as the last one.
+            stop_early: compute no stage after the last one in `indices`.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: return the list of maps alone.
 
         Returns:
-            The last computed map, normed, and the list of maps, all ``[B, C, H, W]``.
+            The last computed map after the norm, and the list of maps; ``[B, C, H, W]`` or ``[B, H, W, C]`` each.
 
         Raises:
             ValueError: a stage that the model does not have, another `output_fmt`.
@@ -129,7 +133,7 @@ class Classifier(nn.Module):
         return x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x, maps
 
     def stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """`indices` of `forward_intermediates` as a list of numbers from 0."""
+        """`indices` of `forward_intermediates` as a list of non-negative numbers; ValueError for others."""
         stages = len(self.stage_channels)
         if indices is None:
             return list(range(stages))
@@ -140,14 +144,14 @@ class Classifier(nn.Module):
 
 
 class StagedClassifier(Classifier):
-    """A classifier with stages, none of which has a norm of its own."""
+    """A classifier with stages, which have no output norms."""
 
     def __init__(self, arch: str | None = None, **kwargs: Any):
         super().__init__(arch, out_indices=(), **kwargs)
 
 
 class NATClassifier(StagedClassifier, NAT):  # type: ignore[misc]  # forward returns logits, not maps
-    """`NAT` as an image classifier: its arguments but `out_indices`, and those of `Classifier`."""
+    """`NAT` as an image classifier: its arguments except `out_indices`, and those of `Classifier`."""
 
 
 class DiNATClassifier(StagedClassifier, DiNAT):  # type: ignore[misc]
@@ -178,11 +182,11 @@ def create_classifier(
 
     Args:
         name: one of `list_models()`.
-        num_classes: None for those of the published file, 1000 or 21841.
-        pretrained: True for the published weights, downloaded once (see `checkpoint.fetch`); a path or an address for
-            those of a file, which has to fit. A head for other classes keeps its random weights, which is logged, and
+        num_classes: None for the number in the published file, 1000 or 21841.
+        pretrained: True for the published weights, downloaded once (see `checkpoint.fetch`); or the path or address of
+            a file, which must fit. A head for another number of classes keeps its random weights, which is logged, and
             rpb tables of another kernel size are resized (see `checkpoint.load_classifier`).
-        overrides: arguments of the model, in place of the published ones.
+        overrides: arguments of the model that replace the published ones.
 
     Raises:
         ValueError: an unknown name, arguments that do not fit together, a file that does not fit.

@@ -16,14 +16,14 @@ class Isotropic(nn.Module):
     """NAT-iso, DiNAT-iso and ViT-rpb without their head; parameters are named as in the published files.
 
     Args:
-        arch: a name of `zoo.ISOTROPIC`; arguments given beside it win over its values. None stands for the values of
+        arch: a name of `zoo.ISOTROPIC`; further arguments override its values. None stands for the values of
             `nat_isotropic_small`.
-        embed_dim, depth, num_heads, mlp_ratio, patch_size, patch_norm: the architecture; `patch_norm` is the norm after
-            the patch embedding.
+        embed_dim, depth, num_heads, mlp_ratio, patch_size, patch_norm: the architecture; `patch_norm`: whether there is
+            a norm after the patch embedding.
         kernel_size: side of the window; None stands for the whole grid, as in ViT-rpb.
-        dilation_of_odd_blocks: of blocks 1, 3, 5, ... counted from 0; the even ones have 1.
-        img_size: side of the images. It matters where attention covers the whole grid: ViT-rpb takes this size alone,
-            up to what is padded to full patches. The others take any size.
+        dilation_of_odd_blocks: of blocks 1, 3, 5, ... counted from 0; the even ones have dilation 1.
+        img_size: side of the images, for ViT-rpb, which takes only images that are padded to the same number of
+            patches. The others take any size.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
         qkv_bias, qk_scale, drop_rate, attn_drop_rate, rel_pos_bias, norm_layer, in_chans, with_cp, backend: see `NAT`.
 
@@ -91,7 +91,8 @@ class Isotropic(nn.Module):
         return int(block[1]) + 1 if block else top - name.startswith("norm."), top + 1
 
     def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What every block makes of images: ``[B, H / patch_size, W / patch_size, C]``, one block at a time."""
+        """Images ``[B, in_chans, H, W]`` to the output of every block, one at a time: ``[B, H / patch_size,
+        W / patch_size, C]``, sizes rounded up."""
         x = self.pos_drop(self.patch_embed(x))
         for block in self.layers:
             x = run_block(block, x, self.with_cp)

@@ -1,4 +1,4 @@
-"""The layers of the backbones, from the image to a stage. Maps between layers are ``[B, H, W, C]``.
+"""The layers of the backbones, from the patch embedding to a stage. Maps between layers are ``[B, H, W, C]``.
 
 Module names are those of the published checkpoints.
 """
@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 NormLayer = Callable[[int], nn.Module]  # called with a width
 
-# On a CPU without gradients, an MLP whose hidden layer has LARGE_BYTES or more computes PIECE_BYTES of it at a time,
-# which stay in the cache, and takes 40 % less time. Smaller ones would lose: each product rearranges the weights.
+# On a CPU without gradients, an MLP whose hidden layer takes LARGE_BYTES or more computes PIECE_BYTES of it at a time,
+# which stay in the cache: 40 % less time. Smaller ones would be slower, because each product repacks the weights.
 LARGE_BYTES, PIECE_BYTES = 16 << 20, 2 << 20
 
 
@@ -91,7 +91,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """2x2 pixels become one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, H/2, W/2, 2C]`` rounded up."""
+    """Merges 2x2 pixels into one: ``[B, H, W, C]``, zero-padded to even sizes, to ``[B, H/2, W/2, 2C]`` rounded up."""
 
     def __init__(self, dim: int, norm_layer: NormLayer):
         super().__init__()
@@ -107,8 +107,8 @@ class PatchMerging(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth of ``[B, H, W, C]``: while training, drop a sample's residual branch with probability `p`, scale
-    the others up."""
+    """Stochastic depth of ``[B, H, W, C]``: in training, a sample's residual branch is dropped with probability `p`,
+    else scaled up."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -135,7 +135,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and large_on_cpu(x, self.hidden) and runs_unobserved(self.fc1, self.fc2, self.drop):
+        if not self.training and large_on_cpu(x, self.hidden) and can_run_in_pieces(self.fc1, self.fc2, self.drop):
             return in_pieces(self._forward, x, self.hidden)
         return self._forward(x)
 
@@ -153,10 +153,10 @@ def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
     return x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
 
 
-def runs_unobserved(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
-    """Whether nobody can see in how many pieces these modules compute: all are of exactly these types, without hooks.
+def can_run_in_pieces(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
+    """Whether these modules can be called on pieces of a map: all are of exactly these types and have no hooks.
 
-    Anything else (a quantized layer, an adapter of PEFT) may look at the whole map.
+    Others (a quantized layer, an adapter of PEFT) may depend on the whole map.
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
@@ -166,7 +166,7 @@ def runs_unobserved(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (n
 
 
 def in_pieces(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
-    """``mlp(x)`` of ``[..., C]``, computed for some pixels at a time."""
+    """``mlp(x)`` for `x` of shape ``[..., C]``, computed for some pixels at a time."""
     pixels = max(1, PIECE_BYTES // (hidden * x.element_size()))
     pieces = x.flatten(0, -2).split(pixels)
     return torch.cat([mlp(piece) for piece in pieces]).view(x.shape)
@@ -179,7 +179,7 @@ class Block(nn.Module):
         dim: channels.
         mlp_ratio: hidden channels of the MLP, as a multiple of `dim`.
         drop: dropout in the MLP.
-        drop_path: stochastic depth.
+        drop_path: probability of stochastic depth.
         norm_layer: called with `dim`.
         layer_scale: initial value of the learned factors `gamma1`, `gamma2`; None for none.
         attention: ``[B, H, W, dim]`` to the same shape.
@@ -220,7 +220,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """A run of blocks, then (but for the last stage) a downsampler; `with_cp`: activation checkpointing by block."""
+    """Blocks, then (except in the last stage) a downsampler; `with_cp`: activation checkpointing of each block."""
 
     def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None, with_cp: bool):
         super().__init__()
@@ -236,17 +236,17 @@ class Stage(nn.Module):
 
 
 def run_block(block: nn.Module, x: torch.Tensor, with_cp: bool) -> torch.Tensor:
-    """``block(x)``; where `with_cp` and gradients are on, the backward pass computes its activations anew."""
+    """``block(x)``; if `with_cp` and gradients are on, the backward pass recomputes its activations."""
     recompute = with_cp and torch.is_grad_enabled() and not isinstance(x, torch.fx.Proxy)
     x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
     return x
 
 
 def drop_path_rates(last: float, blocks: int) -> list[float]:
-    """Stochastic depth of every block: from 0 in equal steps up to `last`.
+    """Stochastic depth of every block: from 0 in equal steps to `last`.
 
     Raises:
-        ValueError: `last` is no probability below 1.
+        ValueError: `last` is not in [0, 1).
     """
     if not 0 <= last < 1:
         raise ValueError(f"drop_path_rate={last}: expected at least 0 and less than 1")
@@ -254,7 +254,7 @@ def drop_path_rates(last: float, blocks: int) -> list[float]:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero biases, as the published models began."""
+    """Truncated normal weights of standard deviation 0.02 and zero biases, as in the original code."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

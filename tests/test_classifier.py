@@ -227,7 +227,7 @@ def test_no_bias():
 
 def test_global_attention_knows_one_size():
     model = MADE["vitrpb"]()
-    with pytest.raises(ValueError, match="a map of 7x6 was given to attention over maps of 6x6.*img_size"):
+    with pytest.raises(ValueError, match="got a map of 7x6; expected 6x6.*img_size"):
         model(images(56, 48))
     assert model(images(41, 45)).shape == (2, 1000)  # padded to full patches
 

@@ -260,7 +260,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             stages = ", ".join(str(i + 1) for i in row["reads"])
             yield f"| {row['family'].partition('/')[2]} | `{framework}::{row['config']}` | {stages} |"
         yield ""
-        yield "| not | config | reason |"
+        yield "| unsupported | config | reason |"
         yield "| --- | --- | --- |"
         for row in mine:
             if row["result"] != "trains":

@@ -31,8 +31,8 @@ INTRODUCTION = """# Model zoo
 <!-- written by tools/zoo_table.py from dinat_backbones/zoo -->
 
 Results, parameters and MACs (multiply-accumulates, "FLOPs" in the papers) are the published ones; `tools/get_flops.py
---all` counts both anew. The files are those of the original release. `init_cfg` and `tools/convert_checkpoint.py` read
-them as they are; `init_cfg` also takes the name of an ImageNet model. Recipes are in the configs.
+--all` computes both again. The files are those of the original release. `init_cfg` and `tools/convert_checkpoint.py`
+read them as they are; `init_cfg` also takes the name of an ImageNet model. Recipes are in the configs.
 """
 
 

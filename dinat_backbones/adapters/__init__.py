@@ -1,1 +1,1 @@
-"""One file per framework, the only place that imports it."""
+"""One module or package per framework, the only place that imports it; panoptic.py and seeding.py need none."""

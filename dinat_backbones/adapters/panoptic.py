@@ -1,8 +1,8 @@
 """What mmdet and Detectron2 import from `panopticapi`: panoptic quality (PQ) of COCO panoptic segmentation.
 
-`panopticapi` is not on PyPI under its own name, and its copy there asks for numpy 1 while mmsegmentation asks for
-numpy 2. Where none is installed, `import panopticapi` finds these functions (`fill_module`); an installed one is always
-preferred. PQ is defined in *Panoptic Segmentation* (arXiv 1801.00868):
+`panopticapi` is not on PyPI under its own name, and the copy there requires numpy 1, mmsegmentation numpy 2. Where it
+is not installed, `import panopticapi` finds these functions (`fill_module`); an installed one is always preferred. PQ
+is defined in *Panoptic Segmentation* (arXiv 1801.00868):
 
 - A predicted and an annotated segment match if they have the same class and their intersection over union is above
   0.5. Pixels without annotation (`VOID`) do not count towards the union. PQ is the sum of the matches' IoU divided by
@@ -75,7 +75,7 @@ class PQStatCat:
 
 
 class PQStat:
-    """`PQStatCat` by category id; images are added up with ``+=``."""
+    """`PQStatCat` by category id; ``+=`` adds the counts of another one."""
 
     def __init__(self) -> None:
         self.pq_per_cat: dict[int, PQStatCat] = defaultdict(PQStatCat)
@@ -175,7 +175,7 @@ def _check(in_map: set[int], category: Mapping[int, int], categories: Mapping[in
 def pq_compute(
     gt_json_file: str, pred_json_file: str, gt_folder: str | None = None, pred_folder: str | None = None
 ) -> dict[str, Any]:
-    """PQ of files in COCO's panoptic format; prints a table, too.
+    """PQ of files in COCO's panoptic format; also prints a table.
 
     Args:
         gt_json_file, pred_json_file: annotations and predictions.

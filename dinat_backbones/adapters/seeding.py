@@ -1,4 +1,4 @@
-"""Random numbers that depend on where a run is, not on how it got there: what makes a resumed run repeat itself."""
+"""Seeds from the step of a run, so that a resumed run draws the same random numbers as an uninterrupted one."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators by non-negative integers, such as a seed, a rank and a step."""
+    """Seed the generators of Python, numpy and torch with non-negative integers, such as a seed, a rank and a step."""
     words = np.random.SeedSequence(list(key)).generate_state(3).tolist()
     random.seed(words[0])
     np.random.seed(words[1])

@@ -1,4 +1,4 @@
-"""`dinat test CONFIG --check-data`: what the data sets of a config of mmdet or mmseg do not find on this machine."""
+"""`dinat test CONFIG --check-data`: lists missing files of the data sets of an mmdet or mmseg config."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ METRIC_PATHS = (("file", "ann_file"), ("folder", "seg_prefix"))
 
 
 def check_data(arguments: Sequence[str]) -> int:
-    """Print what the config's data sets do not find and where it belongs.
+    """Print which files of the config's data sets are missing, and where they come from.
 
     Args:
         arguments: of the command line, without the command's name.
@@ -55,7 +55,7 @@ def check_data(arguments: Sequence[str]) -> int:
             found = missing(dataset)
             found += [words for words in _missing_for_metrics(cfg, part) if words not in found]
             text = f"{type(dataset).__name__} in {dataset.data_root or os.curdir}"
-            if (text, *found) in seen:  # "test" is mostly the same as "val"
+            if (text, *found) in seen:  # "test" is usually the same as "val"
                 continue
             seen.add((text, *found))
             print(f"{part}: {text}: {'incomplete' if found else 'complete'}", *found, sep="\n  missing: ")
@@ -89,9 +89,10 @@ def _missing_for_metrics(cfg: Any, part: str) -> list[str]:
 
 
 def missing(dataset: Any) -> list[str]:
-    """What a dataset of mmdet or mmseg that was built with `lazy_init=True` does not find, in words.
+    """What is missing, in words, for a dataset of mmdet or mmseg that was built with `lazy_init=True`.
 
-    Folders and annotation files; then, where annotations name images or images belong to label maps, those files.
+    Folders and annotation files; if those are complete, also the images that annotations name, and the label maps of
+    images.
     """
     folders = {key: Path(value) for key, value in dataset.data_prefix.items() if value}
     words = [f"folder {folder}" for folder in folders.values() if not folder.is_dir()]

@@ -16,8 +16,8 @@ Models are built on torch's meta device, and nothing is computed. Only the heads
 run, on zeros, since their shapes depend on values. Mask2Former's published MACs are averages over a validation set;
 here they are those of 800 x 800.
 
-Exit status 1 if a published model's parameters do not round to the published million, but for those of `PARAMS_M`, or
-its MACs are further than 0.2 % from the published ones (classifiers: 1 %, as those have three digits or fewer;
+Exit status 1 if a published model's parameters do not round to the published million, except those of `PARAMS_M`, or
+its MACs differ by more than 0.2 % from the published ones (classifiers: 1 %, as those have three digits or fewer;
 Mask2Former: parameters alone).
 """
 
@@ -57,7 +57,7 @@ class Count(NamedTuple):
 
     @property
     def failures(self) -> list[str]:
-        """What differs from the published figures, in words."""
+        """Differences from the published figures, in words."""
         if self.row is None:
             return []
         words = []
@@ -71,6 +71,7 @@ class Count(NamedTuple):
 
     @property
     def difference(self) -> float:
+        """Of the MACs from the published ones, relative to these."""
         return self.macs / 1e9 / self.row.gmacs - 1
 
 
@@ -160,8 +161,8 @@ def _whole_detector(model: Any, size: tuple[int, int]) -> int:
 
     width, height = size
     sample = DetDataSample(metainfo=dict(img_shape=(height, width), batch_input_shape=(height, width)))
-    model.requires_grad_(False)  # torch's counter stumbles over parameters that are arguments of modules
-    if hasattr(model, "forward_transformer"):  # whose shapes depend on values
+    model.requires_grad_(False)  # torch's counter fails on parameters that are passed as arguments to modules
+    if hasattr(model, "forward_transformer"):  # its shapes depend on values, so it runs on the CPU
         macs, features = _features(model, size)
         for name, part in model.named_children():
             if name not in ("backbone", "neck", "data_preprocessor"):

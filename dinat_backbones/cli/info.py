@@ -2,8 +2,8 @@
 
     dinat info
 
-No framework has to be installed. Every backend runs a small call on the CPU and, where there is one, on the GPU; if it
-cannot, all its reasons are printed.
+No framework needs to be installed. Every backend runs a small call on the CPU and, if there is one, on the GPU;
+where it cannot, all reasons are printed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 
 from .. import __version__, ops
 
-# Module, and the names under which it is distributed beside its own.
+# Module, and further names of distributions that contain it.
 FRAMEWORKS = {
     "mmcv": ("onedl-mmcv", "mmcv-lite"),
     "mmengine": ("onedl-mmengine",),
@@ -61,7 +61,7 @@ def system() -> Iterator[tuple[str, str]]:
 
 
 def installed_version(module: str, distributions: Sequence[str] = ()) -> str:
-    """The version of a package by its metadata, without importing it."""
+    """The version of a package from its metadata, without importing it."""
     for name in (module, *distributions):
         try:
             return version(name) + (f" ({name})" if name != module else "")
@@ -97,7 +97,7 @@ def mmcv_operators() -> str:
 
 
 def backends() -> Iterator[tuple[str, str]]:
-    """The CPU kernel, then every backend of the op on every kind of device that is here."""
+    """The CPU kernel, then every backend of the op on every available kind of device."""
     yield "cpu kernel", instruction_set()
     for device, dtype in CASES:
         if device == "cuda" and not torch.cuda.is_available():
@@ -108,7 +108,7 @@ def backends() -> Iterator[tuple[str, str]]:
 
 
 def instruction_set() -> str:
-    """Of the C++ kernel, or why there is none."""
+    """The instruction set of the C++ kernel, or why there is no kernel."""
     try:
         return str(ops.BACKENDS["cpu"].instruction_set())  # type: ignore[attr-defined]  # only the C++ kernel has one
     except RuntimeError as error:

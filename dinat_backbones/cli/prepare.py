@@ -1,4 +1,4 @@
-"""Make what Mask2Former reads of COCO, ADE20K and Cityscapes besides the downloads:
+"""Make the files that Mask2Former reads and the downloads of COCO, ADE20K and Cityscapes do not have:
 
     dinat prepare coco|ade20k|cityscapes ... [--root DIR] [--split train|val ...] [--workers N]
 
@@ -53,8 +53,8 @@ def save_json(content: dict, path: Path) -> None:
         name.write_text(json.dumps(content))
 
 
-def existing(path: Path, advice: str) -> Path:
-    """`path`, or a FileNotFoundError that ends with the advice."""
+def require_path(path: Path, advice: str) -> Path:
+    """`path` if it exists, else a FileNotFoundError whose message ends with `advice`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {advice}")
     return path
@@ -66,7 +66,7 @@ def existing(path: Path, advice: str) -> Path:
 def coco(root: Path, split: str, workers: int) -> None:
     """Label maps of things and stuff from the panoptic annotations."""
     advice = "get panoptic_annotations_trainval2017.zip from https://cocodataset.org/#download and unpack it here"
-    annotations = existing(root / "coco" / "annotations" / f"panoptic_{split}2017.json", advice)
+    annotations = require_path(root / "coco" / "annotations" / f"panoptic_{split}2017.json", advice)
     folders = [root / "coco" / f"panoptic_{split}2017", annotations.with_suffix("")]
     source = next((folder for folder in folders if folder.is_dir()), None)
     if source is None:
@@ -80,11 +80,13 @@ def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers:
     Args:
         annotations: in COCO's panoptic format.
         source: folder of its images.
-        target: folder for 8-bit images of the same names; a pixel is the position of its class in "categories".
+        target: folder for 8-bit images of the same names; a pixel is the index of its class in "categories", 255 if
+            it is unlabelled.
         workers: number of processes.
 
     Raises:
-        ValueError: an image with a segment that the annotations do not list; more classes than 8 bits can tell apart.
+        FileNotFoundError: an image is missing.
+        ValueError: an image with a segment that the annotations do not list, or more than 255 classes.
     """
     content = json.loads(annotations.read_text())
     labels = {category["id"]: i for i, category in enumerate(content["categories"])}
@@ -95,7 +97,7 @@ def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers:
 
 
 def _semantic(source: Path, target: Path, labels: dict[int, int], entry: dict) -> None:
-    path = existing(source / entry["file_name"], "unpack the images that belong to the annotations")
+    path = require_path(source / entry["file_name"], "unpack the images that belong to the annotations")
     colours = np.asarray(Image.open(path).convert("RGB"), dtype=np.uint32)
     ids, positions = np.unique(colours @ np.array([1, 256, 65536], dtype=np.uint32), return_inverse=True)
     classes = {segment["id"]: labels[segment["category_id"]] for segment in entry["segments_info"]} | {0: UNLABELLED}
@@ -112,15 +114,15 @@ def ade(root: Path, split: str, workers: int) -> None:
     """Label maps that start at 0; instance and panoptic annotations."""
     folders = [root / "ADEChallengeData2016", root / "ade" / "ADEChallengeData2016"]
     advice = "get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it here"
-    base = existing(next((folder for folder in folders if folder.is_dir()), folders[0]), advice)
+    base = require_path(next((folder for folder in folders if folder.is_dir()), folders[0]), advice)
     part = ADE_FOLDERS[split]
-    maps = sorted(existing(base / "annotations" / part, advice).glob("*.png"))
+    maps = sorted(require_path(base / "annotations" / part, advice).glob("*.png"))
     target = base / "annotations_detectron2" / part
     left = [path for path in maps if not (target / path.name).exists()]
     parallel_map(partial(_from_zero, target), left, f"{target.parent.name}/{part}", workers)
 
-    existing(base / "annotations_instance" / part, f"get {ADE_INSTANCES} and unpack it here")
-    names = sorted(path.stem for path in existing(base / "images" / part, advice).glob("*.jpg"))
+    require_path(base / "annotations_instance" / part, f"get {ADE_INSTANCES} and unpack it here")
+    names = sorted(path.stem for path in require_path(base / "images" / part, advice).glob("*.jpg"))
     instances = base / f"ade20k_instance_{split}.json"
     if not instances.exists():
         found = parallel_map(partial(_ade_instances, base, part), names, instances.stem, workers)
@@ -134,7 +136,7 @@ def ade(root: Path, split: str, workers: int) -> None:
         found = parallel_map(
             partial(_ade_panoptic, base, part, panoptic.with_suffix("")), names, panoptic.stem, workers
         )
-        # detectron2 goes by the ids, mmdet by this order: things first
+        # detectron2 reads the ids, mmdet relies on this order: things first
         categories = [
             dict(id=label, name=ade20k.NAMES[label], isthing=int(label in ade20k.THINGS))
             for label in (*ade20k.THINGS, *ade20k.STUFF)
@@ -153,8 +155,10 @@ def _ade_image(base: Path, folder: str, name: str) -> dict:
 
 
 def _ade_things(base: Path, folder: str, name: str) -> list[tuple[int, np.ndarray]]:
-    """Label and mask of each instance; the images have the class, from 1, in red and the instance in green."""
-    path = existing(base / "annotations_instance" / folder / f"{name}.png", f"get {ADE_INSTANCES} and unpack it here")
+    """Label and bool mask ``[H, W]`` of each instance; red is the class, from 1, green the instance number."""
+    path = require_path(
+        base / "annotations_instance" / folder / f"{name}.png", f"get {ADE_INSTANCES} and unpack it here"
+    )
     classes, numbers, _ = np.moveaxis(np.asarray(Image.open(path).convert("RGB")), -1, 0)
     things = []
     for number in np.unique(numbers[numbers > 0]):
@@ -167,7 +171,7 @@ def _ade_things(base: Path, folder: str, name: str) -> list[tuple[int, np.ndarra
 
 
 def _measures(mask: np.ndarray) -> dict:
-    """Area and box of a mask as COCO has them: pixels; left, top, width, height."""
+    """Area and box of a mask in COCO's format: pixels; left, top, width, height."""
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(area=int(coco_mask.area(rle)), bbox=[int(side) for side in coco_mask.toBbox(rle)], iscrowd=0)
 
@@ -182,9 +186,9 @@ def _ade_instances(base: Path, folder: str, name: str) -> tuple[dict, list[dict]
 
 
 def _ade_panoptic(base: Path, folder: str, target: Path, name: str) -> tuple[dict, dict]:
-    """Stuff of the label map, and the instances over it.
+    """The stuff of the label map, and the instances drawn over it.
 
-    A stuff segment keeps the area and box that it has without the instances over it, as in Mask2Former's annotations.
+    The area and box of a stuff segment include what instances cover, as in Mask2Former's annotations.
     """
     labels = np.asarray(Image.open(base / "annotations" / folder / f"{name}.png")).astype(int) - 1
     stuff = [(label, labels == label) for label in np.unique(labels).tolist() if label in ade20k.STUFF]
@@ -202,10 +206,10 @@ def _ade_panoptic(base: Path, folder: str, target: Path, name: str) -> tuple[dic
 
 
 def cityscapes(root: Path, split: str, workers: int) -> None:
-    """What the data set's own cityscapesscripts make: maps of the 19 classes, and panoptic annotations."""
+    """Label maps of the 19 classes and panoptic annotations, made by the data set's own cityscapesscripts."""
     advice = "get gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com/downloads and unpack it here"
-    base = existing(root / "cityscapes" / "gtFine", advice)
-    polygons = sorted(existing(base / split, advice).glob("*/*_gtFine_polygons.json"))
+    base = require_path(root / "cityscapes" / "gtFine", advice)
+    polygons = sorted(require_path(base / split, advice).glob("*/*_gtFine_polygons.json"))
     try:
         from cityscapesscripts.preparation.createPanopticImgs import convert2panoptic
     except ModuleNotFoundError as error:

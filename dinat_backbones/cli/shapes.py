@@ -13,8 +13,8 @@
 |               | shapes_*_leftImg8bit.png               | shapes_*_gtFine_labelTrainIds.png                      |
 
 Shapes are things and the background is stuff. In every layout the classes are `CLASSES` and then `BACKGROUND`, counted
-from 1 in COCO and ADE20K (where 0 means unlabelled) and from 0 in Cityscapes. Colours and textures do not depend on the
-class: only the outline tells it. The same arguments give the same bytes.
+from 1 in COCO and ADE20K (where 0 means unlabelled) and from 0 in Cityscapes. Classes differ in outline only, not in
+colour or texture. The same arguments give the same bytes.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from .common import parallel_map, print_progress
 
 CLASSES = ("circle", "triangle", "ring")
 BACKGROUND = "background"
-EXTENTS = dict(circle=0.85, triangle=1.2, ring=0.9)  # relative radii: no class is small by its form
+EXTENTS = dict(circle=0.85, triangle=1.2, ring=0.9)  # relative radii, for similar areas of all classes
 LAYOUTS = ("coco", "coco-panoptic", "ade20k", "cityscapes")
-FORMAT = 5  # raise it when the same arguments give other data
+FORMAT = 5  # to be increased when the same arguments give other data
 OVERSAMPLING = 4  # outlines are drawn this much larger and averaged down
-MIN_VISIBLE_FRACTION = 0.5  # a shape hidden further than that is left out of the scene
+MIN_VISIBLE_FRACTION = 0.5  # a shape of which less is visible is left out of the scene
 MIN_VISIBLE_PIXELS = 30
 MIN_CONTRAST = 80.0  # between a shape's mean colour and what it is painted on, as a distance in RGB (0 to 441)
 
@@ -107,7 +107,7 @@ def _polygons(rng: np.random.Generator, name: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _coverage(rng: np.random.Generator, name: str, radius: float, size: int) -> np.ndarray:
-    """How much of each pixel a randomly placed and rotated shape covers: ``[size, size]`` float in 0..1."""
+    """The fraction of each pixel that a randomly placed and rotated shape covers: ``[size, size]`` float32 in 0..1."""
     angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.0)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     # mostly inside the image; the margin is smaller than the radius so that borders cut some shapes
@@ -156,7 +156,7 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndar
 
 
 def scene(split: str, index: int, size: int, seed: int) -> Scene:
-    """Scene number `index` of a split ("train" or "val"); it depends on nothing but these arguments."""
+    """Scene number `index` of a split ("train" or "val"); it depends on these arguments only."""
     return draw_scene(np.random.default_rng([seed, ["train", "val"].index(split), index]), size)
 
 
@@ -172,7 +172,7 @@ def _write_scene(folder: Path, layouts: Sequence[str], split: str, size: int, se
     image = Image.fromarray(drawn.image)
     for path, expected in _files(folder, layouts, split, index).items():
         if expected is None:
-            # a COCO or ADE20K image; Cityscapes has its own without loss
+            # JPEG for COCO and ADE20K, PNG for Cityscapes
             options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
             image.save(path, **options)
         elif expected == "coco-panoptic":
@@ -253,7 +253,7 @@ def _panoptic(scenes: list[list[dict]]) -> list[dict]:
     for image_id, segments in enumerate(scenes, 1):
         infos = [{"id": i} | segment for i, segment in enumerate(segments, 1)]
         for info in infos:
-            del info["segmentation"]  # which is in the image
+            del info["segmentation"]  # it is in the PNG
         annotations.append(dict(image_id=image_id, file_name=f"{image_id - 1:06d}.png", segments_info=infos))
     return annotations
 
@@ -275,23 +275,23 @@ def make_shapes(
     replace: bool = False,
     progress: Callable[[str], None] = lambda line: None,
 ) -> bool:
-    """Write the dataset into the folder `out`, all of it or nothing.
+    """Write the dataset into the folder `out`, completely or not at all.
 
     Args:
-        out: the folder to make; its parents are made too.
+        out: the folder to make, with its parents.
         train, val: number of images.
         size: height and width of the images, in pixels.
         seed: of the random numbers.
         layouts: any of `LAYOUTS`.
-        replace: exchange a dataset made with other arguments instead of raising an error.
+        replace: replace a dataset made with other arguments instead of raising an error.
         progress: called with a line of text about 20 times per split.
 
     Returns:
-        Whether anything was written; False if `out` already holds this dataset (in other layouts besides, perhaps).
+        Whether anything was written; False if `out` already holds this dataset (possibly in further layouts, too).
 
     Raises:
         ValueError: an argument out of its range.
-        FileExistsError: `out` holds something else.
+        FileExistsError: `out` holds something else, or shapes made with other arguments and not `replace`.
     """
     for name, value, least in (("train", train, 1), ("val", val, 1), ("size", size, 32), ("seed", seed, 0)):
         if value < least:
@@ -335,11 +335,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=2000, help="number of training images (default: %(default)s)")
     parser.add_argument("--val", type=int, default=200, help="number of validation images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=160, help="height and width in pixels (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
     parser.add_argument(
         "--layout", dest="layouts", nargs="+", choices=LAYOUTS, default=["coco"], help="one or more (default: coco)"
     )
-    parser.add_argument("--replace", action="store_true", help="exchange a dataset made with other arguments")
+    parser.add_argument("--replace", action="store_true", help="replace a dataset made with other arguments")
     args = parser.parse_args(arguments)
     try:
         written = make_shapes(**vars(args), progress=print_progress)

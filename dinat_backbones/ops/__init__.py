@@ -1,14 +1,13 @@
 """Two-dimensional neighborhood attention with relative positional bias: one signature, several backends."""
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
 
 from . import autocast
 from .backends import BACKENDS, reference
-from .backends.base import Backend
 from .checks import check_call
+from .dispatch import choose_backend
 
 __all__ = [
     "BACKENDS",
@@ -16,10 +15,6 @@ __all__ = [
     "neighborhood_attention_2d_qkvpacked",
     "neighborhood_attention_2d_with_weights",
 ]
-
-logger = logging.getLogger(__name__)
-_logged: set[tuple[str, str]] = set()  # (backend, device type)
-_warned: set[tuple[str, str]] = set()
 
 
 def neighborhood_attention_2d(
@@ -44,19 +39,19 @@ def neighborhood_attention_2d(
             `torch.autocast` they are cast to its dtype (float64 is not), as for PyTorch's own attention.
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis
             is ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
-        kernel_size: odd, at least 3 (1 would attend to itself alone).
+        kernel_size: odd, at least 3.
         dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
         scale: multiplies the query; None stands for ``head_dim ** -0.5``.
-        backend: one of `BACKENDS` to insist on it; None takes the first that supports the call.
+        backend: one of `BACKENDS`; None takes the first that supports the call.
 
     Returns:
         ``[B, H, W, heads, head_dim]`` in the dtype of `query`. Softmax and the gradient of `rpb` accumulate in float32
         (float64 for float64 inputs). Second derivatives and the transforms of `torch.func` are computed in plain
-        PyTorch, with memory and time to match.
+        PyTorch, which takes more memory and time.
 
     Raises:
-        ValueError: shapes, sizes or dtypes that do not fit together, an unknown `backend`.
-        RuntimeError: `backend` was named but does not support the call; the message holds all its reasons.
+        ValueError: shapes, sizes, dtypes or devices that do not fit together, an unknown `backend`.
+        RuntimeError: the named `backend` does not support the call; the message has all its reasons.
     """
     return _attend((query, key, value), rpb, kernel_size, dilation, scale, backend)
 
@@ -72,7 +67,8 @@ def neighborhood_attention_2d_qkvpacked(
 ) -> torch.Tensor:
     """`neighborhood_attention_2d` of one tensor ``[B, H, W, 3, heads, head_dim]``, as a qkv projection leaves it.
 
-    Its gradient comes in one tensor, too, which saves a copy where the backend can do that.
+    Arguments, result and errors are the same otherwise. The gradient of `qkv` is one tensor as well, which saves a copy
+    in backends that support it.
     """
     return _attend((qkv,), rpb, kernel_size, dilation, scale, backend)
 
@@ -91,11 +87,15 @@ def neighborhood_attention_2d_with_weights(
     """`neighborhood_attention_2d` and its attention weights, in plain PyTorch.
 
     Args:
+        query, key, value, rpb, kernel_size, dilation, scale: see `neighborhood_attention_2d`.
         dropout: applied to the weights before they multiply the values.
 
     Returns:
         The output, and the weights before dropout ``[B, H, W, heads, K, K]`` (rows, then columns of the window) in
         float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes, sizes, dtypes or devices that do not fit together.
     """
     check_call((query, key, value), rpb, kernel_size, dilation)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -130,58 +130,17 @@ def _run(
     scale: float,
     backend: str | None,
 ) -> torch.Tensor:
-    chosen = _choose(qkv, rpb, kernel_size, dilation, scale, backend)
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        _check_legacy_exporter(backend)
+    chosen = choose_backend(qkv, rpb, kernel_size, dilation, scale, backend)
+    if not chosen.traceable and not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        _refuse_legacy_exporter()
     if len(qkv) == 1 and not chosen.takes_packed_qkv:
         qkv = qkv[0].unbind(3)
     return chosen.attention(qkv, rpb, kernel_size, dilation, scale)
 
 
-def _check_legacy_exporter(backend: str | None) -> None:
-    if backend not in ("exportable", "reference"):  # plain operations, which a trace may hold
+def _refuse_legacy_exporter() -> None:
+    if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "the legacy ONNX exporter cannot export this op: use torch.onnx.export(..., dynamo=True) or `dinat export "
             "--format onnx`, which keep sizes open; a model built with backend='exportable' passes it for one size"
         )
-
-
-def _choose(
-    qkv: Sequence[torch.Tensor],
-    rpb: torch.Tensor | None,
-    kernel_size: int,
-    dilation: int,
-    scale: float,
-    name: str | None,
-) -> Backend:
-    """The backend that runs this call: the named one, or the first that is automatic here and has no objection."""
-    device = qkv[0].device
-    if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend={name!r} is unknown; choose one of {sorted(BACKENDS)} or None")
-        reasons = BACKENDS[name].unsupported(qkv, rpb, kernel_size, dilation, scale)
-        if reasons:
-            raise RuntimeError(f"backend={name!r} cannot run this call: {'; '.join(reasons)}")
-        return BACKENDS[name]
-    objections: list[tuple[str, list[str]]] = []
-    for name, candidate in BACKENDS.items():
-        if not candidate.automatic(device):
-            continue
-        reasons = candidate.unsupported(qkv, rpb, kernel_size, dilation, scale)
-        if not reasons:
-            if not torch.compiler.is_compiling():
-                _report(name, device, objections)
-            return candidate
-        objections.append((name, reasons))
-    raise RuntimeError(f"no backend runs this call: {objections}")
-
-
-def _report(name: str, device: torch.device, objections: list[tuple[str, list[str]]]) -> None:
-    """Log the choice, once; warn, once, if a faster backend was passed over because its installation is at fault."""
-    if (name, device.type) not in _logged:
-        _logged.add((name, device.type))
-        logger.debug("backend %r runs the calls on %s", name, device.type)
-    for other, reasons in objections:
-        if set(reasons) <= set(BACKENDS[other].faults(device)) and (other, device.type) not in _warned:
-            _warned.add((other, device.type))
-            logger.warning("backend %r runs instead of %r, which is faster: %s", name, other, "; ".join(reasons))

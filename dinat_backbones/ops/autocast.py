@@ -1,4 +1,4 @@
-"""The rule of `torch.autocast` for the op, the same for every backend.
+"""The op under `torch.autocast`, the same for every backend.
 
 As for PyTorch's own attention, query, key and value are cast to the dtype of the autocast region, float64 excepted;
 `rpb` stays as it is, because softmax and its gradient accumulate in float32 anyway. The op itself runs with autocast
@@ -16,13 +16,13 @@ def enabled(device_type: str) -> bool:
 
 
 def cast(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the dtype of the autocast region it is in; float64 as it is."""
+    """`tensor` in the dtype of the current autocast region; float64 is not cast."""
     if tensor.dtype == torch.float64:
         return tensor
     if _PER_DEVICE:
         return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     one = tensor.new_ones(1, 1)
-    return tensor.to((one @ one).dtype)  # torch.compile of torch 2.3 cannot ask for it
+    return tensor.to((one @ one).dtype)  # torch.compile of torch 2.3 cannot trace a query of it
 
 
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")

@@ -1,4 +1,4 @@
-"""What every call of the op has to satisfy, whichever way it comes in."""
+"""Checks of the op's arguments, the same for all its entry points."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def check_window(kernel_size: int, dilation: int) -> None:
 
 
 def check_call(qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int) -> None:
-    """Raise a ValueError that names the first thing wrong with a call.
+    """Raise a ValueError for the first invalid argument of a call.
 
     Args:
         qkv: query, key and value, ``[B, H, W, heads, head_dim]`` each, or one packed ``[B, H, W, 3, heads, head_dim]``.
@@ -75,7 +75,7 @@ def check_like_query(name: str, tensor: torch.Tensor, query: torch.Tensor) -> No
 
 
 def check_lse(lse: torch.Tensor, query: torch.Tensor) -> None:
-    """Raise a ValueError unless `lse` is ``[B, H, W, heads]`` in float32, contiguous, next to `query`."""
+    """Raise a ValueError unless `lse` is ``[B, H, W, heads]`` in float32, contiguous, on the device of `query`."""
     if (
         lse.shape != query.shape[:-1]
         or lse.dtype != torch.float32

@@ -1,7 +1,7 @@
 """Multiply-accumulates (MACs) as the published tables count them, from shapes alone.
 
-Those tables are fvcore's "FLOPs": one multiply-accumulate is one, a LayerNorm costs five per element, and additions,
-softmax and activations nothing. torch's own counter does the work here; it has two to a multiply-accumulate. What
+Those tables are fvcore's "FLOPs": a multiply-accumulate counts as one, a LayerNorm as five per element, and additions,
+softmax and activations as zero. They are counted by torch's own counter, where a multiply-accumulate is two. What
 fvcore adds for BatchNorm and resampling, below 0.1 % of any published model, is left out.
 """
 
@@ -19,7 +19,8 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
     """MACs of neighborhood attention without its projections.
 
     Args:
-        tokens: queries, that is batch x height x width of the map after padding.
+        tokens: number of queries: batch x height x width of the map after padding.
+        heads, head_dim, kernel_size: of the op.
         bias: with a relative positional bias, counted as one per key and head.
 
     Returns:
@@ -29,7 +30,7 @@ def attention_macs(tokens: int, heads: int, head_dim: int, kernel_size: int, bia
 
 
 def _na2d(qkv: Sequence[torch.Size], rpb: torch.Size | None, kernel_size: int, *args: object, **kwargs: object) -> int:
-    batch, height, width, *_, heads, head_dim = qkv[0]  # query, or all three in one
+    batch, height, width, *_, heads, head_dim = qkv[0]  # query or packed qkv
     return 2 * attention_macs(batch * height * width, heads, head_dim, kernel_size, rpb is not None)
 
 
@@ -55,8 +56,7 @@ def _traced_na2d(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 _BACKENDS = [backend for backend in BACKENDS.values() if isinstance(backend, CompiledBackend)]
-# For everyone who uses torch's counter. What `register_flop_formula` is given for ops that are not torch's own is not
-# found again in torch 2.3.
+# Registered for all users of torch's counter. `register_flop_formula` does not work for custom ops in torch 2.3.
 flop_registry.update({backend.op.overloadpacket: shape_wrapper(_na2d) for backend in _BACKENDS})
 flop_registry.update({backend.backward_op.overloadpacket: shape_wrapper(_na2d_backward) for backend in _BACKENDS})
 _FORMULAS = {torch.ops.aten.native_layer_norm: _layer_norm}

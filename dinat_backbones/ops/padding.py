@@ -1,7 +1,7 @@
-"""Maps smaller than the reach of a window: zero-padding of the input of qkv, and cropping of the op's result.
+"""Maps smaller than kernel size times dilation: zero-padding of the input of qkv, and cropping of the op's result.
 
-The one place for both. An axis shorter than ``kernel_size * dilation`` is padded at its end (bottom, right) to exactly
-that; NATTEN 0.14 does the same, and published detection checkpoints depend on it.
+No other file pads or crops for the op. An axis shorter than ``kernel_size * dilation`` is padded at its end (bottom,
+right) to exactly that; NATTEN 0.14 does the same, and published detection checkpoints depend on it.
 """
 
 import torch
@@ -18,11 +18,11 @@ def pad_to_reach(x: torch.Tensor, reach: int) -> torch.Tensor:
         reach: ``kernel_size * dilation``, the least height and width that the op takes.
 
     Returns:
-        ``[B, max(H, reach), max(W, reach), dim]``; `x` itself if nothing is missing.
+        ``[B, max(H, reach), max(W, reach), dim]``; `x` itself if it is large enough.
     """
     _, height, width, _ = x.shape
     bottom, right = positions_missing(height, reach), positions_missing(width, reach)
-    if _open(bottom) or _open(right) or bottom > 0 or right > 0:
+    if _is_open(bottom) or _is_open(right) or bottom > 0 or right > 0:
         return F.pad(x, (0, 0, 0, right, 0, bottom))
     return x
 
@@ -30,8 +30,8 @@ def pad_to_reach(x: torch.Tensor, reach: int) -> torch.Tensor:
 def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The upper left `height` x `width` of ``[B, H, W, ...]``; `x` itself if it has that size."""
     if symbolic.exporting():
-        # Slices would have to know which of two open sizes is the larger one.
-        if not (_open(height) or _open(width)) and x.shape[1] == height and x.shape[2] == width:
+        # A slice needs to know which of two symbolic sizes is larger.
+        if not (_is_open(height) or _is_open(width)) and x.shape[1] == height and x.shape[2] == width:
             return x
         rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
         return x.index_select(1, rows).index_select(2, columns)
@@ -41,13 +41,13 @@ def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def positions_missing(length: int, reach: int) -> int:
-    """How many positions an axis of `length` lacks; while exporting without a branch on an open length."""
-    if not (symbolic.exporting() and _open(length)):
+    """How many positions an axis of `length` lacks; no branch on a symbolic length while exporting."""
+    if not (symbolic.exporting() and _is_open(length)):
         return max(0, reach - length)
     padded = symbolic.new_size(torch.sym_max(length, reach), reach)
     torch._check(padded >= length)
     return padded - length
 
 
-def _open(size: int) -> bool:
+def _is_open(size: int) -> bool:
     return isinstance(size, torch.SymInt)

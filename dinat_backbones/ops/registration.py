@@ -1,8 +1,8 @@
-"""The op as torch sees it: `torch.ops.dinat_backbones.na2d_NAME` and `na2d_NAME_backward` for each compiled backend.
+"""The op in torch: `torch.ops.dinat_backbones.na2d_NAME` and `na2d_NAME_backward` for each compiled backend.
 
-Schema, checks, Meta, autograd and autocast are the same for all of them and stand here; a backend supplies the two
-kernels. `torch.compile` sees one node each way, and the checks hold for whoever calls an op directly. `flops.py` tells
-torch's FLOP counter what the ops compute; it is apart because that counter takes half a second to import.
+Schema, checks, Meta, autograd and autocast are the same for all of them and are defined here; a backend supplies the
+two kernels. `torch.compile` sees one node per direction, and direct calls of an op are checked, too. The formula for
+torch's FLOP counter is in `flops.py`, because importing that counter takes half a second.
 """
 
 from abc import abstractmethod
@@ -17,17 +17,18 @@ from .checks import check_call, check_like_query, check_lse
 
 # qkv: either query, key and value, [B, H, W, heads, head_dim] each, or all in one, [B, H, W, 3, heads, head_dim].
 _CALL = "Tensor[] qkv, Tensor? rpb, int kernel_size, int dilation, float scale"
-# lse: what the backward kernel wants to know of the softmax, [B, H, W, heads] in float32; empty where it wants nothing.
+# lse: the logarithm of the softmax's denominator, [B, H, W, heads] in float32; empty where the backward kernel does not
+# need it.
 _FORWARD = f"({_CALL}) -> (Tensor out, Tensor lse)"
-# out and lse: given to backends that keep lse, else None. The gradient of the three always comes in one, so that a
-# packed qkv gets it without a copy.
+# out and lse: None unless the backend keeps lse. The gradients of query, key and value are one tensor, so that a packed
+# qkv gets its gradient without a copy.
 _BACKWARD = f"(Tensor grad_out, Tensor? out, Tensor? lse, {_CALL}) -> (Tensor grad_qkv, Tensor grad_rpb)"
 
 _library = torch.library.Library("dinat_backbones", "DEF")
 
 
 class Call(NamedTuple):
-    """A call that has passed the checks, as kernels get it; for shapes see `neighborhood_attention_2d`."""
+    """The arguments of a kernel, checked; for shapes see `neighborhood_attention_2d`."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -39,14 +40,14 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a backward kernel gets of the forward pass: both where `keeps_lse`, else None."""
+    """Results of the forward pass for the backward kernel; None unless `keeps_lse`."""
 
     out: torch.Tensor | None
     lse: torch.Tensor | None
 
 
 class CompiledBackend(Backend):
-    """A backend with kernels of its own. An instance registers its ops."""
+    """A backend with kernels of its own. Creating an instance registers its ops."""
 
     takes_packed_qkv = True
     dispatch_key: str  # of torch's dispatcher, under which the kernels run
@@ -172,12 +173,12 @@ class CompiledBackend(Backend):
     def _refuse_transforms(self, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise RuntimeError(f"{self.op}: {transforms.REASON}")
 
-    # ---- what those share
+    # ---- shared by these
 
     def _checked(
         self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
     ) -> Call:
-        """The call, which is right and can run here."""
+        """The arguments as a `Call`; ValueError if they are invalid, RuntimeError if this backend cannot run them."""
         check_call(qkv, rpb, kernel_size, dilation)
         reasons = self.unsupported(qkv, rpb, kernel_size, dilation, scale)
         if reasons:
@@ -246,8 +247,8 @@ def _differentiable_gradients(
     dilation: int,
     scale: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of rpb and qkv in plain operations, so that they can be differentiated once more."""
-    from .backends import tiled  # which this module must not need to be imported
+    """The gradients of rpb and qkv in plain operations, so that they can be differentiated again."""
+    from .backends import tiled  # here, because the backends import this module
 
     out = tiled.plain_attention(split(qkv), rpb, kernel_size, dilation, scale)
     inputs = [t for t in (rpb, *qkv) if t is not None and t.requires_grad]

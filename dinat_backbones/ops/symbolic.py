@@ -1,4 +1,4 @@
-"""Export with sizes that are open, that is, known only when the exported graph runs."""
+"""Export with open (symbolic) sizes, which are known only when the exported graph runs."""
 
 from typing import cast
 
@@ -6,9 +6,9 @@ import torch
 
 
 def exporting() -> bool:
-    """Whether torch.export is at work (alone or for ONNX), whose graphs should hold standard operations only."""
+    """Whether torch.export is running (alone or for ONNX); its graphs should have standard operations only."""
     compiler = torch.compiler
-    # torch.compile, too, takes is_exporting() for true
+    # torch.compile evaluates is_exporting() as true, too
     return hasattr(compiler, "is_exporting") and compiler.is_exporting() and not compiler.is_dynamo_compiling()
 
 
@@ -20,9 +20,9 @@ def smaller(a: int, b: int) -> int:
 
 
 def new_size(size: int, least: int) -> int:
-    """An open size as a new unknown of at least `least`; any other as it is.
+    """An open size as a new symbol of at least `least`; any other size unchanged.
 
-    Each open size that is more than a sum gets such a name: torch would spend minutes on simplifying ceilings of
+    Used for each open size that is the result of a division: otherwise torch spends minutes simplifying nested
     ceilings.
     """
     if not isinstance(size, torch.SymInt):

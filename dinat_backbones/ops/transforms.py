@@ -1,4 +1,4 @@
-"""Transforms of torch.func and forward-mode derivatives, which see through plain PyTorch operations only."""
+"""Transforms of torch.func and forward-mode derivatives, which support plain PyTorch operations only."""
 
 import torch
 from torch.autograd import forward_ad
@@ -9,5 +9,5 @@ REASON = "torch.func transforms and forward-mode derivatives need plain operatio
 def active() -> bool:
     """Whether a call is inside torch.func (grad, vmap, jvp, ...) or a level of forward-mode derivatives."""
     if torch.compiler.is_compiling():
-        return False  # and nothing to be traced
+        return False  # the queries below cannot be traced
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -4,14 +4,14 @@
     DILATION_SETTINGS               the dilations and the kernel size of each task and resolution
     dilations(arch, setting)        the dilation of every block
     CLASSIFICATION, DETECTION, SEGMENTATION, MASK2FORMER    22 + 21 + 13 + 8 = 64 published rows, keyed by `row.name`
-    IMAGENET22K                     classifiers of 21841 classes that the large models began as; not among the 64
-    PRETRAINED                      addresses of the ImageNet checkpoints of both, by name
+    IMAGENET22K                     ImageNet-22k classifiers, from which the large models start; not among the 64
+    PRETRAINED                      addresses of the ImageNet-1k and ImageNet-22k checkpoints, by name
 
-A row's backbone is ``FAMILY(arch=row.arch, dilations=row.dilations)``. How it was trained stands in `row.config`.
+A row's backbone is ``FAMILY(arch=row.arch, dilations=row.dilations)``. The training recipe is the config `row.config`.
 
 Units: `params_m` in millions; `gmacs` in 10^9 multiply-accumulates (what fvcore calls FLOPs); AP, PQ, mIoU and top-1 in
 percent. Numbers are those of the final result tables of the NAT and DiNAT releases; the first preprint differs by up
-to 0.9. Whatever follows from something else (names, addresses, configs, dilations) is a property, not a column.
+to 0.9. What can be derived (names, addresses, configs, dilations) is a property, not a column.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def rows() -> tuple[Row, ...]:
 
 
 def config_folder() -> Path:
-    """Where `row.config` is: the folder of configs of the installed package, or of the checkout."""
+    """The folder that `row.config` is relative to: configs/ of the checkout, or of the installed package."""
     package = Path(__file__).resolve().parents[1]
     installed = package / ".mim" / "configs"
     return installed if installed.is_dir() else package.parent / "configs"

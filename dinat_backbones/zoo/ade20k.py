@@ -1,7 +1,7 @@
-"""The 150 classes of ADE20K SceneParsing as panoptic and instance segmentation know them.
+"""The 150 classes of ADE20K SceneParsing for panoptic and instance segmentation.
 
-The things are the 100 classes of the 2017 instance segmentation challenge (its `categoryMapping.txt`), in whose order
-the instance annotations count them from 1.
+The things are the 100 classes of the 2017 instance segmentation challenge (its `categoryMapping.txt`); the instance
+annotations number them from 1 in that order.
 """
 
 # In the order of the label maps; synonyms after commas. Spelled as mmdet spells its panoptic classes.

@@ -11,7 +11,7 @@ _T = TypeVar("_T")
 
 
 def find(what: str, name: object, known: Mapping[str, _T]) -> _T:
-    """`known[name]`, or an error that names the value, the nearest known name and all of them."""
+    """`known[name]`; otherwise a ValueError with `what` kind of name is unknown, the nearest and all known ones."""
     if isinstance(name, str) and name in known:
         return known[name]
     near = difflib.get_close_matches(str(name).lower(), known, n=1)
@@ -33,7 +33,7 @@ class Arch:
 
     @property
     def num_heads(self) -> tuple[int, ...]:
-        """Heads of each stage: every head of every backbone is 32 wide."""
+        """Heads of each stage; head_dim is 32 in every backbone."""
         return tuple(self.embed_dim * 2**stage // 32 for stage in range(len(self.depths)))
 
 

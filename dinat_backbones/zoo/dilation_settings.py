@@ -11,7 +11,7 @@ from .archs import arch, find
 
 @dataclass(frozen=True)
 class DilationSetting:
-    """Dilations of the four stages: cycled to a deeper stage's depth, while a shallower one takes the end of it."""
+    """Dilations per stage: repeated for a stage with more blocks; one with fewer blocks takes the last ones."""
 
     name: str
     task: str
@@ -23,7 +23,7 @@ class DilationSetting:
         return f"{self.name!r} ({self.task}, kernel size {self.kernel_size})"
 
     def per_block(self, depths: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """The dilations of a backbone of four stages with so many blocks each; ValueError for another number."""
+        """The dilation of every block for stages with `depths` blocks; ValueError unless there are four stages."""
         if len(depths) != len(self.stages):
             raise ValueError(f"dilations={self.name!r} is for {len(self.stages)} stages, but depths={list(depths)}")
         return tuple(
@@ -49,7 +49,7 @@ DILATION_SETTINGS: dict[str, DilationSetting] = {s.name: s for s in (
 
 
 def settings_of(family: str) -> tuple[DilationSetting, ...]:
-    """The settings that were published for a family; none for NAT, whose dilations are all 1."""
+    """The settings published for a family ("DiNAT", "DiNAT_s"); none for "NAT", whose dilations are all 1."""
     return tuple(setting for setting in DILATION_SETTINGS.values() if family in setting.families)
 
 
@@ -72,7 +72,11 @@ def dilation_setting(arch_name: str, setting_name: str) -> DilationSetting:
 
 
 def dilations(arch_name: str, setting_name: str) -> tuple[tuple[int, ...], ...] | None:
-    """The dilation of every block of every stage in that setting; None, all 1, for every NAT."""
+    """The dilation of every block of every stage in that setting; None (dilation 1 everywhere) for NAT.
+
+    Raises:
+        ValueError: an unknown name, or a setting that was not published for this family.
+    """
     backbone = arch(arch_name)
     if backbone.family == "NAT":
         find("dilation setting", setting_name, DILATION_SETTINGS)

@@ -1,7 +1,7 @@
 """The published results, a row each: ImageNet classification, COCO detection, ADE20K segmentation, Mask2Former.
 
-A row holds what was published about a trained model: its backbone, size, results and checkpoint. How it was trained
-stands in its config (`row.config`, under configs/) alone.
+A row holds what was published about a trained model: its backbone, size, results and checkpoint. The training recipe
+is in its config only (`row.config`, under configs/).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ PRETRAINED: dict[str, str] = {name: row.checkpoint for name, row in CLASSIFICATI
 
 
 class Downstream:
-    """What rows of dense tasks share."""
+    """Base class of the rows of dense tasks."""
 
     arch: str
 
@@ -148,7 +148,7 @@ class Detection(Downstream):
     box_ap: float
     mask_ap: float
     detector: str  # "mask_rcnn" | "cascade_mask_rcnn"
-    fp16: bool = True  # trained in mixed precision, which the config's name says
+    fp16: bool = True  # trained in mixed precision ("amp" in the config's name)
 
     flops_input: ClassVar[tuple[int, int]] = (1280, 800)  # width, height
 
@@ -210,8 +210,8 @@ DETECTION: dict[str, Detection] = {r.name: r for r in (
 class Segmentation(Downstream):
     """ADE20K val with UPerNet, on whole images: mIoU at one scale, and over scales of 0.5 to 1.75 times it, with flip.
 
-    `size` is the crop that a row is named after, was measured at and has its dilations from. (The released configs of
-    the two `large` rows kept the 512 crop and the 2048 x 512 scale of the smaller models, by accident.)
+    `size`, the side of the training crop, determines the config's name, the test scale and the dilations. (The released
+    configs of the two `large` rows kept the 512 crop and the 2048 x 512 scale of the smaller models, by accident.)
     """
 
     arch: str
@@ -220,7 +220,7 @@ class Segmentation(Downstream):
     miou_single_scale: float
     miou_multi_scale: float
     size: int = 512
-    fp16: bool = True  # trained in mixed precision, which the config's name says
+    fp16: bool = True  # trained in mixed precision ("amp" in the config's name)
 
     @property
     def name(self) -> str:
@@ -228,7 +228,7 @@ class Segmentation(Downstream):
 
     @property
     def scale(self) -> tuple[int, int]:
-        """Long and short side of the single-scale test, at which MACs are counted, too."""
+        """Long and short side of the single-scale test; also the size at which MACs are counted."""
         return 4 * self.size, self.size
 
     @property
@@ -311,7 +311,7 @@ class Mask2Former(Downstream):
 
     @property
     def config(self) -> str | None:
-        """Path under configs/; None for Cityscapes panoptic, which neither mmdet nor mmseg has a data set for."""
+        """Path under configs/; None for Cityscapes panoptic: neither mmdet nor mmseg has a data set for it."""
         file = _MASK2FORMER_CONFIGS.get(self.name)
         return file and file.format(f"mask2former_{self.arch.replace('_', '-')}")
 

@@ -34,7 +34,7 @@ FEW = [
 def documented(framework):
     """Families that train and families that do not, of the page's tables."""
     _, _, text = PAGE.partition(f"### {framework}: ")
-    trains, _, others = text.partition("\n###")[0].partition("| not |")
+    trains, _, others = text.partition("\n###")[0].partition("| unsupported |")
     return [
         [f"{framework}/{name}" for name in re.findall(r"^\| ([\w.+]+) \| `", part, re.MULTILINE)]
         for part in (trains, others)

@@ -1,4 +1,4 @@
-"""Which backend runs a call, what is said about it, and what is refused at the door."""
+"""Which backend runs a call, what is logged about it, and which calls are refused."""
 
 import logging
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, ops
-from dinat_backbones.ops import BACKENDS
+from dinat_backbones import neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
+from dinat_backbones.ops import BACKENDS, dispatch
 from dinat_backbones.ops.backends.base import Backend
 from helpers import draw
 
@@ -78,7 +78,7 @@ def test_another_backend_is_one_entry(monkeypatch, packed):
             return 2 * value
 
     monkeypatch.setitem(BACKENDS, "doubling", Doubling())
-    monkeypatch.setattr(ops, "BACKENDS", {"doubling": BACKENDS["doubling"]} | BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"doubling": BACKENDS["doubling"]} | BACKENDS)
     tensors, _, _ = draw(1, 9, 9, 1, 8, 7, fused=True)
     for name in (None, "doubling"):
         if packed:
@@ -93,8 +93,8 @@ def test_another_backend_is_one_entry(monkeypatch, packed):
 
 @pytest.fixture
 def unsaid(monkeypatch):
-    monkeypatch.setattr(ops, "_logged", set())
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
 
 
 def test_choice_is_logged_once(unsaid, caplog):

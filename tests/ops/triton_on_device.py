@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
-from dinat_backbones import DiNAT, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked, ops
-from dinat_backbones.ops import BACKENDS
+from dinat_backbones import DiNAT, neighborhood_attention_2d, neighborhood_attention_2d_qkvpacked
+from dinat_backbones.ops import BACKENDS, dispatch
 from dinat_backbones.ops.backends import triton_backend as triton
 from dinat_backbones.ops.backends import triton_check
 from dinat_backbones.ops.registration import Call
@@ -345,8 +345,8 @@ def checked(monkeypatch):
     monkeypatch.setattr(backend, "disagreements", {})
     monkeypatch.setattr(backend, "automatic", lambda device: True)
     monkeypatch.setattr(backend, "faults", lambda device: list(backend.disagreements.values()))
-    monkeypatch.setattr(ops, "BACKENDS", {"triton": backend, "tiled": BACKENDS["tiled"]})
-    monkeypatch.setattr(ops, "_warned", set())
+    monkeypatch.setattr(dispatch, "BACKENDS", {"triton": backend, "tiled": BACKENDS["tiled"]})
+    monkeypatch.setattr(dispatch, "_warned", set())
     return backend
 
 

@@ -7,7 +7,7 @@
 
     model.backbone = LazyCall(dinat.D2DiNAT)(arch="dinat_tiny", dilations="coco")   # in a LazyConfig
 
-Works with Detectron2 from source on a current torch as with the wheel that requirements/classic.txt names.
+Works with Detectron2 built from source on a current torch, and with the wheel that requirements/classic.txt names.
 
     backbone.py             the backbones, pyramids and config keys
     checkpointer.py         `Checkpointer`

@@ -43,8 +43,11 @@ def add_dinat_config(cfg: CfgNode) -> None:
 
 
 class _Detectron2Backbone:
-    """Mixin for named outputs and for construction from a config, as Detectron2 expects of a Backbone. First among the
-    bases, before the backbone and Detectron2's class, so that the state dict has no prefix."""
+    """Mixin for named outputs and construction from a config, as Detectron2 expects of a Backbone.
+
+    To be the first base, before the backbone and Detectron2's class. Inheriting, not wrapping: the state dict has no
+    prefix.
+    """
 
     @configurable
     def __init__(
@@ -90,7 +93,7 @@ class D2NAT(_Detectron2Backbone, backbone.NAT, Backbone):  # type: ignore[misc] 
         out_features: some of "res2" (stride 4), "res3", "res4" and "res5" (stride 32).
 
     Raises:
-        ValueError: another name in `out_features`, and whatever the backbone raises.
+        ValueError: another name in `out_features`; arguments that do not fit together, as for `dinat_backbones.NAT`.
     """
 
 

@@ -22,7 +22,7 @@ class Checkpointer(DetectionCheckpointer):
 
     Args:
         model, save_dir, checkpointables: see `DetectionCheckpointer`.
-        allow_pickle: run whatever code a pickle asks for. Only for files whose origin you trust.
+        allow_pickle: use Python's own unpickler, which runs any code in the file. Only for trusted files.
     """
 
     def __init__(self, model: torch.nn.Module, save_dir: str = "", *, allow_pickle: bool = False, **kwargs: Any):
@@ -33,7 +33,7 @@ class Checkpointer(DetectionCheckpointer):
         """As `DetectionCheckpointer.load`; an http(s) address is downloaded once by `checkpoint.fetch`.
 
         Raises:
-            FileNotFoundError: no such file; for the name of a published one, says where that is.
+            FileNotFoundError: no such file; the message has the address if the name is that of a published one.
             ValueError: see `read` and `load_backbone`.
         """
         scheme = urlparse(path).scheme if path else ""
@@ -50,7 +50,7 @@ class Checkpointer(DetectionCheckpointer):
         if dinat is not None and not self.model.state_dict().keys() & state.keys():
             load_backbone(dinat, filename, allow_pickle=self.allow_pickle, logger=self.logger)
             return {"model": {}}
-        # Mask2Former takes a state dict without the versions in `_metadata` for one of older code, and renames tensors
+        # Mask2Former renames tensors of a state dict without versions in `_metadata`, as if older code had written it
         versioned = OrderedDict(state)
         metadata = getattr(unwrap(checkpoint), "_metadata", None)
         versioned._metadata = self.model.state_dict()._metadata if metadata is None else metadata  # type: ignore[attr-defined]
@@ -62,6 +62,6 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _published_address(path: Path) -> str:
-    """The end of a message: the published configs name files that had to be converted before."""
+    """The end of a message, since the published configs name converted copies of the published files."""
     address = next((url for url in zoo.PRETRAINED.values() if Path(urlparse(url).path).stem == path.stem), None)
     return f"; the published one needs no conversion: set MODEL.WEIGHTS to {address}" if address else ""

@@ -26,7 +26,7 @@ from ...zoo import find_config
 from .backbone import add_dinat_config
 
 INSTALL = (
-    "pip install --no-deps --no-build-isolation maskformer2==0.1 (it pins what it needs to addresses; install "
+    "pip install --no-deps --no-build-isolation maskformer2==0.1 (its dependencies are pinned to URLs; install "
     "timm==0.9.16, scipy and panopticapi-lite), or put a checkout of facebookresearch/Mask2Former on PYTHONPATH"
 )
 _CUDA_OP = "MultiScaleDeformableAttention"
@@ -35,8 +35,8 @@ _HAS_CUDA_OP = importlib.util.find_spec(_CUDA_OP) is not None
 
 @contextlib.contextmanager
 def _placeholder_for_cuda_op() -> Iterator[None]:
-    """An empty module in place of a missing CUDA op: the original repository fails to import without it, although its
-    PyTorch version does not need it."""
+    """An empty module in place of a missing CUDA op: the original repository fails to import without the op, although
+    it has a PyTorch version of it."""
     if not _HAS_CUDA_OP:
         sys.modules[_CUDA_OP] = types.ModuleType(_CUDA_OP)
     try:
@@ -83,8 +83,8 @@ if not _HAS_CUDA_OP:
 
 
 class _WeightDictCriterion(maskformer_model.SetCriterion):
-    """The criterion of maskformer2 0.1 with the arguments of the original repository's, which are those that
-    `MaskFormer.from_config` passes: that of 0.1 expects single weights in place of `weight_dict`."""
+    """maskformer2 0.1's criterion with the arguments of the original repository, which `MaskFormer.from_config` passes:
+    0.1 itself expects separate weights in place of `weight_dict`."""
 
     def __init__(self, num_classes: int, matcher: Any, weight_dict: dict[str, float], **kwargs: Any):
         super().__init__(
@@ -99,7 +99,7 @@ class _WeightDictCriterion(maskformer_model.SetCriterion):
 
 
 # TorchScript recompiles the gradient of a function after its first calls and then rounds differently, so a resumed run
-# would differ from an uninterrupted one. Both repositories also have the plain functions, which replace the scripted.
+# would differ from an uninterrupted one. Both repositories also have the plain functions, which replace those.
 for _module in map(importlib.import_module, ("mask2former.modeling.criterion", "mask2former.modeling.matcher")):
     for _name in [name for name in vars(_module) if name.endswith("_jit")]:
         setattr(_module, _name, getattr(_module, _name.removesuffix("_jit")))
@@ -114,7 +114,7 @@ def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:
 
     Args:
         file: a YAML file that is read into it, with its `_BASE_` files; as for `zoo.find_config`.
-        options: keys and values in turn, as on a command line, that win over the file.
+        options: alternating keys and values, as on a command line; they override the file.
 
     Raises:
         FileNotFoundError: `file` is not there.

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..seeding import seed_everything
 
-# The first number of a seed, so that data and model never share a stream of random numbers.
+# The first number of a seed, so that data and model do not use the same random numbers.
 _DATA, _STEP = 0, 1
 
 
@@ -32,8 +32,8 @@ class Batches:
     """Batch sampler: endless lists of ``(position, index)``, position counting this process's samples from 0.
 
     The order is that of Detectron2's `TrainingSampler`. With `size_of`, each batch has either landscape or portrait
-    images only, as Detectron2's aspect-ratio grouping forms them, but before anything is read: any step can be resumed
-    without reading the data before it.
+    images only, as with Detectron2's aspect-ratio grouping, but batches are formed before images are read, so that any
+    step can be resumed without reading the data before it.
 
     Args:
         sampler: of indices, endless.
@@ -62,8 +62,8 @@ class Batches:
 
 
 class Samples(Dataset):
-    """Maps ``(position, index)`` to a sample whose random augmentation depends on the seed, rank and position only,
-    whichever worker makes it."""
+    """Maps ``(position, index)`` to a sample whose random augmentation depends on the seed, rank and position only, not
+    on the worker."""
 
     def __init__(self, dicts: list[dict], mapper: Callable[[dict], Any], seed: int):
         self.dicts, self.mapper, self.key = dicts, mapper, (_DATA, seed, comm.get_rank())
@@ -115,7 +115,7 @@ def build_loader(
 
     Args:
         dicts: of the data set.
-        mapper: makes a training sample of one of them; None takes the next image.
+        mapper: makes a training sample of one of them, or returns None to skip the image.
         seed: the same in all processes.
         total_batch_size: of all processes together.
         aspect_ratio_grouping: see `Batches`.

@@ -2,15 +2,15 @@
 
     dinat shapes datasets/shapes --layout coco coco-panoptic ade20k cityscapes
 
-| name, with train or val for {}    | like                                    | needs of it                         |
+| name, {} is train or val          | like                                    | layouts it needs                    |
 |-----------------------------------|-----------------------------------------|-------------------------------------|
 | shapes_panoptic_{}                | coco_2017_{}_panoptic_with_sem_seg      | coco, coco-panoptic, cityscapes     |
 | shapes_instance_{}                | coco_2017_{}                            | coco                                |
 | shapes_ade20k_sem_seg_{}          | ade20k_sem_seg_{}                       | ade20k, and annotations_detectron2/ |
 | shapes_cityscapes_sem_seg_{}      | cityscapes_fine_sem_seg_{}              | cityscapes                          |
 
-As of ADE20K, `annotations_detectron2` holds the label maps of `annotations` counted from 0, with 255 for unlabelled.
-The panoptic set takes its label maps for mIoU from the Cityscapes layout, which has them as Detectron2 wants them.
+As for ADE20K, `annotations_detectron2` holds the label maps of `annotations` counted from 0, with 255 for unlabelled.
+The panoptic set takes its label maps for mIoU from the Cityscapes layout, which has them as Detectron2 reads them.
 """
 
 import json
@@ -26,7 +26,7 @@ from detectron2.data.datasets import load_sem_seg, register_coco_instances
 THINGS = ("circle", "triangle", "ring")  # CLASSES of cli/shapes.py, in the order of its category ids 1, 2, 3
 CLASSES = (*THINGS, "background")
 COLORS = [(27, 158, 119), (217, 95, 2), (117, 112, 179), (120, 120, 120)]  # RGB
-# as in Mask2Former's own sets, things are among the "stuff", which the evaluators take for all classes
+# as in Mask2Former's own sets, the stuff classes include the things: evaluators read them as the list of all classes
 THING_META = dict(
     thing_classes=list(THINGS),
     thing_colors=COLORS[: len(THINGS)],
@@ -68,7 +68,7 @@ def register_shapes(root: Path) -> None:
         _register(
             f"shapes_cityscapes_sem_seg_{split}",
             partial(load_cityscapes, root, split),
-            evaluator_type="sem_seg",  # the Cityscapes evaluator wants the real data set's 19 classes
+            evaluator_type="sem_seg",  # the Cityscapes evaluator requires the real data set's 19 classes
         )
 
 
@@ -78,7 +78,7 @@ def _register(name: str, load: Callable[[], list[dict]], **metadata: Any) -> Non
 
 
 def load_panoptic(root: Path, split: str) -> list[dict]:
-    """Dicts as Mask2Former's panoptic mappers and Detectron2's three evaluators of such a set read them."""
+    """Dataset dicts for Mask2Former's panoptic mappers and Detectron2's evaluators of panoptic data sets."""
     content = json.loads((root / "annotations" / f"panoptic_{split}.json").read_text())
     images = {image["id"]: image for image in content["images"]}
     return [
@@ -99,7 +99,7 @@ def load_panoptic(root: Path, split: str) -> list[dict]:
 
 
 def load_cityscapes(root: Path, split: str) -> list[dict]:
-    """Dicts of the images and their labelTrainIds."""
+    """Dataset dicts of the images and their labelTrainIds; FileNotFoundError if there are no images."""
     images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
     if not images:
         raise FileNotFoundError(f"no images in {root / 'leftImg8bit' / split}: dinat shapes --layout cityscapes")

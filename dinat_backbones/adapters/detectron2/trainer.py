@@ -43,10 +43,11 @@ OPTIMIZERS = {"ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer, whose resumed runs repeat uninterrupted ones if cfg.SEED is set.
+    """Detectron2's trainer; with cfg.SEED set, a resumed run repeats an uninterrupted one.
 
     Raises:
-        ValueError: mixed precision on a CPU, an unknown mapper, optimizer or sampler, an indivisible batch size.
+        ValueError: mixed precision on a CPU, an unknown mapper, optimizer or sampler, a batch size that is not a
+            multiple of the number of processes.
     """
 
     def __init__(self, cfg: Any):
@@ -95,7 +96,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: Any, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """Mask2Former's: a smaller rate for the backbone, no decay of norms and embeddings, one clipping for all."""
+        """Mask2Former's optimizer: the groups of `parameter_groups`, and gradients clipped by their total norm."""
         if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
             raise ValueError(f"SOLVER.OPTIMIZER={cfg.SOLVER.OPTIMIZER}: expected one of {', '.join(OPTIMIZERS)}")
         arguments = {"momentum": cfg.SOLVER.MOMENTUM} if cfg.SOLVER.OPTIMIZER == "SGD" else {}
@@ -104,7 +105,7 @@ class Trainer(DefaultTrainer):
         if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
             return maybe_add_gradient_clipping(cfg, optimizer)
         if clip.CLIP_VALUE > 0:
-            # Detectron2 clips each parameter by itself
+            # Detectron2's own clipping is per parameter
             def clip_all(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
                 parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
                 torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
@@ -114,7 +115,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: Any, dataset_name: str, folder: str | None = None) -> Any:
-        """The evaluators that belong to a data set's `evaluator_type` and to the results that the model gives."""
+        """The evaluators for the `evaluator_type` of a data set and the kinds of results that the config turns on."""
         evaluator_type = MetadataCatalog.get(dataset_name).evaluator_type
         folder = folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         results = cfg.MODEL.MASK_FORMER.TEST
@@ -146,7 +147,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: Any, model: torch.nn.Module, evaluators: Any = None, folder: str = "inference") -> OrderedDict:
-        """As DefaultTrainer.test; also writes the figures, a dictionary by task, to `folder` of OUTPUT_DIR."""
+        """As DefaultTrainer.test; also writes the metrics, by task, to results.json in `folder` of OUTPUT_DIR."""
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process():
             path = Path(cfg.OUTPUT_DIR, folder, "results.json")
@@ -158,7 +159,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_augmentation(cls, cfg: Any, model: torch.nn.Module) -> OrderedDict:
-        """Evaluate the mean of the semantic results over the scales of TEST.AUG and flips; names end with "_TTA"."""
+        """Evaluate semantic results averaged over the scales of TEST.AUG and flips; result names end with "_TTA"."""
         if not cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON:
             raise ValueError("TEST.AUG.ENABLED: only semantic results can be averaged; MODEL.MASK_FORMER.TEST has none")
         cfg = cfg.clone()
@@ -173,11 +174,14 @@ class Trainer(DefaultTrainer):
 
 
 def parameter_groups(cfg: Any, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Groups for an optimizer, as few as possible: the learning rate of the backbone is BACKBONE_MULTIPLIER times the
-    others' and decays by LAYER_DECAY from layer to layer (see `optim.layer_scales`), norms have
-    WEIGHT_DECAY_NORM, embeddings WEIGHT_DECAY_EMBED, all else WEIGHT_DECAY.
+    """Parameter groups of an optimizer.
 
-    The bias tables `rpb` decay as all else, as in the original trainer; the recipes of the detectors do not decay them.
+    The learning rate of the backbone is BACKBONE_MULTIPLIER times the base rate and decays by LAYER_DECAY from layer to
+    layer (see `optim.layer_scales`). The weight decay is WEIGHT_DECAY_NORM for norms, WEIGHT_DECAY_EMBED for embeddings
+    and WEIGHT_DECAY otherwise.
+
+    WEIGHT_DECAY includes the bias tables `rpb`, as in the original trainer; in the recipes of the detectors their decay
+    is 0.
     """
     solver = cfg.SOLVER
     scales = layer_scales(model, solver.get("LAYER_DECAY", 1.0))

@@ -1,4 +1,4 @@
-"""NAT and DiNAT for Hugging Face transformers, under the names and with the checkpoints that it published.
+"""NAT and DiNAT for Hugging Face transformers, with the class names and checkpoints that it published.
 
     from dinat_backbones.adapters.huggingface import DinatForImageClassification
     model = DinatForImageClassification.from_pretrained("shi-labs/dinat-mini-in1k-224")
@@ -9,7 +9,8 @@ and AutoImageProcessor, which is how the segmentation models of transformers fin
 `transformers.DinatConfig`, and how `transformers.pipeline` does.
 
 The modules are the backbone's (`dinat_backbones.layers`) with their children under the names of the `shi-labs/*`
-files. State dicts, `named_modules` and whatever replaces modules by name (adapters of PEFT, quantization) see those.
+files, so that these are the names in state dicts and `named_modules`, and for tools that replace modules by name
+(adapters of PEFT, quantization).
 """
 
 import sys
@@ -53,7 +54,7 @@ __all__ = [
     "published_config",
 ]  # fmt: skip
 
-# exist_ok: transformers has a Dinat of its own, which needs functions that NATTEN has no longer
+# exist_ok: transformers has its own Dinat, which needs functions that NATTEN has removed
 for _config, _model, _classifier, _backbone in (
     (NatConfig, NatModel, NatForImageClassification, NatBackbone),
     (DinatConfig, DinatModel, DinatForImageClassification, DinatBackbone),

@@ -18,12 +18,12 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_dropout_prob: dropout after the tokenizer and the MLPs.
         attention_probs_dropout_prob: dropout on the attention weights and after the projection of the attention.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
-        hidden_act: activation of the MLPs: a name that transformers knows, or a callable (which cannot be saved).
-        initializer_range: standard deviation of freshly drawn weights.
+        hidden_act: activation of the MLPs: a name in `ACT2FN` of transformers, or a callable (which cannot be saved).
+        initializer_range: standard deviation of the initial weights.
         layer_norm_eps: of the norms of the blocks, and of the last one.
         layer_scale_init_value: initial layer scale; 0 for models without.
-        out_features, out_indices: what a backbone returns, by name ("stem", "stage1", ...) or by place among these
-            names; the last stage by default.
+        out_features, out_indices: the maps that a backbone returns, by name ("stem", "stage1", ...) or by index into
+            these names; the last stage by default.
 
     Raises:
         ValueError: `out_features` or `out_indices` that are not among the stages, or contradict each other.
@@ -52,7 +52,7 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_layers = len(self.depths)
-        self.hidden_size = self.embed_dim * 2 ** (len(self.depths) - 1)  # what VisionEncoderDecoderModel asks for
+        self.hidden_size = self.embed_dim * 2 ** (len(self.depths) - 1)  # read by VisionEncoderDecoderModel
         self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(self.depths)))]
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -61,9 +61,9 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class DinatConfig(NatConfig):
-    """Configuration of the Dinat models; the defaults are those of DiNAT-Mini at 224. Arguments as for `NatConfig` and
+    """Configuration of the Dinat models; the defaults are those of DiNAT-Mini at 224.
 
-    Args:
+    Args, besides those of `NatConfig`:
         dilations: one list per stage with one dilation per block; None for those of DiNAT-Mini, with its depths only.
 
     Raises:
@@ -91,7 +91,7 @@ class DinatConfig(NatConfig):
 
 
 def published_config(name: str, **overrides: Any) -> NatConfig:
-    """The configuration of a published ImageNet classifier, which its weights alone do not tell.
+    """The configuration of a published ImageNet classifier, which cannot be read from its weights alone.
 
     Args:
         name: of a NAT or DiNAT in `zoo.CLASSIFICATION`: "nat_mini", "dinat_large_384_11x11", ...
@@ -99,7 +99,7 @@ def published_config(name: str, **overrides: Any) -> NatConfig:
             have ImageNet's names (`id2label`) where timm is installed, which has them.
 
     Raises:
-        ValueError: there is no such model, or transformers has no form for it (DiNAT_s and the isotropic models).
+        ValueError: there is no such model, or transformers has no class for it (DiNAT_s and the isotropic models).
     """
     families = {"nat": NatConfig, "dinat": DinatConfig}  # by the names of architectures, NAT_SIZE and DINAT_SIZE
     known = [key for key, row in zoo.CLASSIFICATION.items() if row.arch.rpartition("_")[0] in families]

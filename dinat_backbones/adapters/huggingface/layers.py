@@ -1,6 +1,7 @@
 """The backbone's modules with their children under the names of transformers' files.
 
-The backbone builds them and runs them; it finds a renamed child under its own name through a property.
+Construction and forward pass are inherited from the backbone's modules; properties give the renamed children their
+original names as well.
 """
 
 from functools import partial
@@ -18,16 +19,16 @@ from ...layers import (
     ConvDownsampler,
     ConvTokenizer,
     Stage,
+    can_run_in_pieces,
     drop_path_rates,
     in_pieces,
     large_on_cpu,
-    runs_unobserved,
 )
 from .configuration import NatConfig
 
 
 def _rename(module: nn.Module, **names: str) -> None:
-    """Register the children called like the keywords under the other names, at the end."""
+    """Rename children of `module`, ``old="new"``; they move to the end."""
     for old, new in names.items():
         module._modules[new] = module._modules.pop(old)
 
@@ -48,7 +49,7 @@ class NatPatchEmbeddings(ConvTokenizer):
 
     def __init__(self, config: NatConfig):
         if config.patch_size not in (4, [4, 4], (4, 4)):
-            raise ValueError(f"patch_size={config.patch_size}: NAT and DiNAT know patches of 4 alone")
+            raise ValueError(f"patch_size={config.patch_size}: expected 4, the only one of NAT and DiNAT")
         super().__init__(config.num_channels, config.embed_dim, norm_layer=None)
         self.num_channels = config.num_channels
         _rename(self, proj="projection")
@@ -82,7 +83,7 @@ class NatSelfAttention(NeighborhoodAttention2D):
         drop = config.attention_probs_dropout_prob
         super().__init__(dim, num_heads, config.kernel_size, dilation, qkv_bias=config.qkv_bias, attn_drop=drop)
         del self.qkv
-        # Called as modules, not as one product of joined weights: what replaces or hooks one of them must be heard.
+        # Called as modules, not as one product of joined weights, so that hooks and replacements of them take effect.
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=config.qkv_bias) for _ in range(3))
         self.proj = nn.Identity()  # type: ignore[assignment]  # `NatAttention` has it
 
@@ -131,7 +132,7 @@ class NatIntermediate(nn.Module):
 
 
 class NatLayer(GradientCheckpointingLayer, Block):
-    """The backbone's block. With `output_attentions` also the weights ``[B, heads, H, W, K * K]``, in float32."""
+    """The backbone's block. With `output_attentions` also returns the weights ``[B, heads, H, W, K * K]``, float32."""
 
     layernorm_before: nn.Module
     layernorm_after: nn.Module
@@ -157,7 +158,7 @@ class NatLayer(GradientCheckpointingLayer, Block):
         if not self.training and large_on_cpu(x, self.hidden):
             modules = (*self.intermediate.modules(), *self.output.modules())
             types = (NatIntermediate, NatOutput, nn.Linear, nn.Dropout, type(ACT2FN["gelu"]))
-            if runs_unobserved(*modules, types=types):
+            if can_run_in_pieces(*modules, types=types):
                 return in_pieces(self._mlp, x, self.hidden)
         return self._mlp(x)
 
@@ -184,7 +185,7 @@ class NatStage(Stage):
         _rename(self, blocks="layers")
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):
-        """As the backbone's, and the weights of the last layer or None."""
+        """As `Stage.forward`, and the attention weights of the last layer or None."""
         if not output_attentions:
             return *super().forward(x), None
         for layer in self.layers[:-1]:

@@ -40,7 +40,7 @@ class NatImageClassifierOutput(ImageClassifierOutput):
 
 
 def _output_or_tuple(output, return_dict: bool):
-    """The output, or the tuple that was published: without the reshaped maps, with a pooler's None."""
+    """The output, or the tuple that transformers returned: without the reshaped maps, but with a pooler's None."""
     if return_dict:
         return output
     values = {field.name: getattr(output, field.name) for field in fields(output)}
@@ -49,7 +49,7 @@ def _output_or_tuple(output, return_dict: bool):
 
 
 class NatPreTrainedModel(PreTrainedModel):
-    """What all models share: configuration, initial weights, checkpoint layout."""
+    """Base class of the models: configuration, initial weights, checkpoint layout."""
 
     config_class = NatConfig
     base_model_prefix = "nat"
@@ -115,7 +115,7 @@ class NatPreTrainedModel(PreTrainedModel):
 
 
 class NatModel(NatPreTrainedModel):
-    """The backbone with its last norm, which gives ``[B, H, W, C]``, and a mean over the map.
+    """The backbone, a norm of the last map and a mean over it.
 
     Raises:
         ValueError: depths, num_heads, dilations or patch_size of `config` that do not fit together.
@@ -139,8 +139,8 @@ class NatModel(NatPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> NatModelOutput | tuple:
-        """Images ``[B, num_channels, H, W]`` of any size to a `NatModelOutput`; arguments as everywhere in
-        transformers.
+        """Images ``[B, num_channels, H, W]`` of any size to a `NatModelOutput`; the other arguments are
+        those of all transformers models.
 
         Raises:
             ValueError: no `pixel_values`, or ones of another shape.
@@ -165,8 +165,8 @@ class NatModel(NatPreTrainedModel):
 class NatForImageClassification(NatPreTrainedModel):
     """A linear classifier on the pooled output.
 
-    With one label it is a regression (mean squared error), otherwise cross-entropy; `config.problem_type` decides where
-    that is not meant.
+    The loss is the mean squared error with one label and the cross-entropy with several, unless `config.problem_type`
+    says otherwise.
     """
 
     model_class: type[NatModel] = NatModel
@@ -204,8 +204,8 @@ class NatForImageClassification(NatPreTrainedModel):
 
 
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
-    """Feature maps ``[B, C_i, H_i, W_i]`` of `config.out_features`, each with a norm of its own, for detection and
-    segmentation models; `channels` has the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32."""
+    """Feature maps ``[B, C_i, H_i, W_i]`` of `config.out_features`, each after its own norm, for detection and
+    segmentation models; `channels` lists the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32."""
 
     def __init__(self, config: NatConfig):
         super().__init__(config)

@@ -1,8 +1,8 @@
 """mmcv's operators from torchvision and PyTorch, for an mmcv that was installed without its compiled `mmcv._ext`.
 
 `install()` lets `import mmcv._ext` find them; a compiled module is found first and used instead. Arguments, results and
-gradients are those of mmcv's compiled functions, which write most results into tensors that the caller passes. There is
-every operator that the models of mmdet and mmseg need; the others raise NotImplementedError when called.
+gradients are those of mmcv's compiled functions, which write most results into tensors that the caller passes. All
+operators that the models of mmdet and mmseg need are provided; the others raise NotImplementedError when called.
 """
 
 import logging
@@ -34,7 +34,7 @@ def install() -> None:
     if operators != DESCRIPTION:
         _log(f"mmcv's operators: {operators}")
     elif "mmcv.ops" not in sys.modules:
-        # their first modules that import operators; without them they define functions of the same names that fail
+        # the first modules of each that import operators; without operators they define functions that fail when called
         imported = [name.split(".")[0] for name in ("mmdet.structures", "mmseg.models") if name in sys.modules]
         if imported:
             _log(
@@ -105,7 +105,7 @@ def fill_module(module: ModuleType) -> None:
 
 
 def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """`operator` in the dtype of its tensors, as a compiled one: mmcv casts its inputs itself."""
+    """`operator` with autocast off, as a compiled one runs: mmcv casts the inputs itself."""
 
     @wraps(operator)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def missing_operator(name: str) -> Callable[..., Any]:
 
     def operator(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            f"dinat_backbones has no version of mmcv's operator {name}, compiled mmcv has: {_compile_command()}"
+            f"dinat_backbones does not implement mmcv's operator {name}; compile mmcv: {_compile_command()}"
         )
 
     operator.__name__ = operator.__qualname__ = name

@@ -27,12 +27,13 @@ def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, ali
     if mode == 0:
         denominator = denominator + (bboxes2[..., 2:] - bboxes2[..., :2] + offset).prod(-1) - intersection
     if bboxes1.is_cuda:
-        denominator = denominator.clamp(min=offset)  # as mmcv does it there, and only there
+        denominator = denominator.clamp(min=offset)  # as compiled mmcv does on CUDA only
     ious.copy_(intersection / denominator)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes kept, by falling score; one whose IoU with a better one exceeds `iou_threshold` is dropped.
+    """Indices of the boxes kept, by descending score; a box whose IoU with a better one exceeds `iou_threshold` is
+    dropped.
 
     Args:
         scores: (N,).
@@ -41,7 +42,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         return torch.empty(0, dtype=torch.long, device=boxes.device)
     threshold = np.float32(iou_threshold)  # compiled mmcv compares in single precision
     if offset == 0:
-        # equal scores stand in the order that mmcv's sort gives them: torchvision gets the boxes sorted
+        # boxes are sorted as mmcv sorts them before torchvision gets them, so that ties have the same order
         order = scores.sort(0, descending=True)[1]
         boxes = boxes if boxes.dtype == torch.double else boxes.float()
         ranks = torch.arange(len(order), 0, -1, dtype=boxes.dtype, device=boxes.device)
@@ -52,7 +53,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     """For each box that non-maximum suppression keeps, its index and those of the boxes it suppresses (IoU of at least
-    `iou_threshold`), by falling score.
+    `iou_threshold`), by descending score.
 
     Args:
         dets: (N, 5) as x1, y1, x2, y2, score.
@@ -82,7 +83,7 @@ def _areas(corners: np.ndarray, offset: int) -> np.ndarray:
 
 
 def _ious(box: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.ndarray, offset: int) -> np.ndarray:
-    """IoU of one box with many. The order of operations is mmcv's, so that an IoU at the threshold is rounded alike."""
+    """IoU of one box with many. The order of operations is mmcv's, for the same rounding of an IoU at the threshold."""
     width = np.minimum(box[2], corners[:, 2]) - np.maximum(box[0], corners[:, 0]) + offset
     height = np.minimum(box[3], corners[:, 3]) - np.maximum(box[1], corners[:, 1]) + offset
     intersection = np.maximum(width, 0) * np.maximum(height, 0)
@@ -114,10 +115,10 @@ def softnms(
     rows = dets.numpy()
     threshold, sigma, min_score = np.float32(iou_threshold), np.float32(sigma), np.float32(min_score)
     kept: list[int] = []
-    # mmcv's algorithm works in place: the order in which it leaves the boxes decides between equal scores
+    # mmcv's algorithm reorders the boxes in place, and that order decides between equal scores
     left, score = np.arange(len(corners)), scores.detach().cpu().numpy().copy()
     while len(left):
-        position = 0 if np.isnan(score[0]) else int(np.nanargmax(score))  # as comparing one after the other does it
+        position = 0 if np.isnan(score[0]) else int(np.nanargmax(score))  # NaN as in mmcv's loop
         best = int(left[position])
         rows[len(kept)] = (*corners[best], score[position])
         kept.append(best)

@@ -22,7 +22,7 @@ OPERATORS = (
 def _complete(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The tensors as torchvision takes them: with a mask and a bias, whether they are used or not."""
+    """The tensors as torchvision takes them: always with a mask and a bias."""
     mask = input.new_zeros(len(input), 1) if mask is None else mask
     bias = input.new_zeros(len(weight)) if bias is None else bias
     return supported(input, weight, offset, mask, bias)
@@ -38,10 +38,10 @@ def _read_as(values: Tensor, output: Tensor) -> Tensor:
 
 
 def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The gradients by input, weight, offset, mask and bias.
+    """The gradients with respect to input, weight, offset, mask and bias.
 
-    Where a sample lies one pixel outside, as with offsets of 0 and padding, the interpolated value has a kink: mmcv's
-    derivative by the offset is 0 there, torchvision's is the one towards the inside.
+    Exactly one pixel outside, as with offsets of 0 and padding, the interpolated value is not differentiable: mmcv's
+    derivative with respect to the offset is 0 there, torchvision's is the one towards the inside.
     """
     grads = torchvision_ops()._deform_conv2d_backward(*supported(grad_output), *tensors, *geometry)
     offset, (kernel_h, kernel_w), (height, width) = tensors[2], tensors[1].shape[2:], tensors[2].shape[2:]
@@ -57,7 +57,7 @@ def _gradients(grad_output: Tensor, tensors: tuple[Tensor, ...], geometry: tuple
 
 
 def _positions(kernel: int, size: int, stride: int, padding: int, dilation: int, device: torch.device) -> Tensor:
-    """The input's row (or column) for each of the kernel's and each of the output's, (kernel, size)."""
+    """The row (or column) of the input for each pair of one of the kernel and one of the output, (kernel, size)."""
     return (
         torch.arange(kernel, device=device)[:, None] * dilation + torch.arange(size, device=device) * stride - padding
     )
@@ -105,7 +105,7 @@ def modulated_deform_conv_forward(
     kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int,
     dilation_w: int, group: int, deformable_group: int, with_bias: bool,
 ) -> None:  # fmt: skip
-    """Deformable convolution with mask (version 2) into `output`; `bias` counts if `with_bias`."""
+    """Deformable convolution with mask (version 2) into `output`; `bias` is used if `with_bias`."""
     geometry = (stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, deformable_group, True)
     offset, mask = (_read_as(values, output) for values in (offset, mask))
     tensors = _complete(input, weight, offset, mask, bias if with_bias else None)

@@ -12,7 +12,7 @@ OPERATORS = (
     "softmax_focal_loss_forward",
     "softmax_focal_loss_backward",
 )
-LEAST = torch.finfo(torch.float32).tiny  # FLT_MIN, below which mmcv clamps before the logarithm
+LEAST = torch.finfo(torch.float32).tiny  # FLT_MIN, to which mmcv clamps before the logarithm
 
 
 def _class_weight(weight: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The derivative of the loss by its logit into `grad_input` (N, classes)."""
+    """The derivative of the loss with respect to its logit into `grad_input` (N, classes)."""
     p, q, positive = _sigmoid_terms(input, target)
     grad = torch.where(
         positive,
@@ -66,7 +66,7 @@ def softmax_focal_loss_forward(
 def softmax_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, buff: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The gradient by the logits into `grad_input` (N, classes); `buff` (N,) receives each row's factor."""
+    """Gradients with respect to logits into `grad_input` (N, classes); the factor of each row into `buff` (N,)."""
     valid = target >= 0
     p = input.gather(1, target.clamp(min=0)[:, None])[:, 0]
     factor = alpha * (-(1 - p).pow(gamma) + gamma * (1 - p).pow(gamma - 1) * p * p.clamp(min=LEAST).log())

@@ -68,7 +68,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """CARAFE into `output`. The backward pass gets `rfeatures`, which receives a copy of the features."""
+    """CARAFE into `output`, and a copy of the features into `rfeatures` for the backward pass."""
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
 
@@ -111,15 +111,15 @@ def masked_im2col_forward(
 def masked_col2im_forward(
     col: Tensor, mask_h_idx: Tensor, mask_w_idx: Tensor, im: Tensor, height: int, width: int, channels: int
 ) -> None:
-    """The values `col` (C, positions) to the given positions of `im` (1, C, height, width)."""
+    """The values `col` (C, positions) into the given positions of `im` (1, C, height, width)."""
     im[0, :, mask_h_idx, mask_w_idx] = col
 
 
 def _mask_channels(
     h_feature: int, w_feature: int, h_mask: int, w_mask: int, half_h_mask: int, half_w_mask: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """For each pair of pixels the channel in which the mask of the first describes the second, and whether the mask
-    reaches so far. Both are (H * W of the second pixel, H, W of the first).
+    """For each pair of pixels the channel of the first one's mask that describes the second, and whether the mask
+    extends to it. Both are (H * W of the second pixel, H, W of the first).
     """
     inside, place = [], []
     for pixels, size, half in ((h_feature, h_mask, half_h_mask), (w_feature, w_mask, half_w_mask)):

@@ -54,7 +54,7 @@ def roi_align_forward(
     ):
         indices, weights = _corners(y, x, *input.shape[2:])
         values = _corner_values(input, rois[chunk], indices).mul_(weights[:, None]).sum(-1)
-        # mmcv's search starts with this value, found nowhere
+        # mmcv's maximum starts at -10000 with position -1
         values, y, x = (F.pad(tensor, (1, 0), value=start) for tensor, start in ((values, -10000), (y, -1), (x, -1)))
         best = values.max(-1, keepdim=True)
         output[chunk] = best.values[..., 0]
@@ -82,7 +82,7 @@ def roi_align_backward(
         grad_input.add_(torchvision_ops()._roi_align_backward(grad_output, rois, *geometry))
         return
     indices, weights = _corners(argmax_y, argmax_x, *grad_input.shape[2:])
-    weights = torch.where((argmax_y == -1)[..., None], 0, weights)  # nothing found
+    weights = torch.where((argmax_y == -1)[..., None], 0, weights)  # no sample was above the start value
     _add_at(grad_input, rois, indices.flatten(2), (grad_output[..., None] * weights).flatten(2))
 
 
@@ -96,7 +96,7 @@ def _sample_points(
     least_size: float,
     start_shift: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For chunks of RoIs with as many samples per bin: their indices, and the samples' y and x (chunk, *bins, samples).
+    """Chunks of RoIs with equally many samples per bin: indices, and y and x of the samples (chunk, *bins, samples).
 
     Args:
         shape: of the input, (N, C, H, W).
@@ -316,7 +316,7 @@ def prroi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Adds the gradient of precise RoI pooling by its input to `grad_input`."""
+    """Adds the gradient of precise RoI pooling with respect to its input to `grad_input`."""
 
     def forward(input: Tensor) -> Tensor:
         return _precise_pool(input, rois, (pooled_height, pooled_width), spatial_scale)
@@ -334,7 +334,7 @@ def prroi_pool_coor_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Adds the gradient of precise RoI pooling by the corners of the RoIs to `grad_rois`."""
+    """Adds the gradient of precise RoI pooling with respect to the corners of the RoIs to `grad_rois`."""
 
     def forward(rois: Tensor) -> Tensor:
         return _precise_pool(input, rois, (pooled_height, pooled_width), spatial_scale)

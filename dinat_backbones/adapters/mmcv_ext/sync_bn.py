@@ -1,4 +1,4 @@
-"""The steps of mmcv's SyncBatchNorm with the arguments of its compiled functions; mmcv itself exchanges the statistics.
+"""The steps of mmcv's SyncBatchNorm with the arguments of its compiled functions; mmcv reduces the statistics itself.
 
 `input`, `output`, `norm` and the gradients of the maps are (N, C, pixels), the statistics (C,) in float32.
 """
@@ -55,7 +55,7 @@ def sync_bn_forward_output(
 
 
 def sync_bn_backward_param(grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    """The gradients of this process by weight and bias into `grad_weight` and `grad_bias`."""
+    """This process's gradients with respect to weight and bias into `grad_weight` and `grad_bias`."""
     grad_weight.copy_((grad_output * norm).sum((0, 2)))
     grad_bias.copy_(grad_output.sum((0, 2), dtype=torch.float32))
 
@@ -69,6 +69,6 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """The gradient by the input into `grad_input`; those by weight and bias are means over the processes."""
+    """The gradient with respect to the input into `grad_input`; those of weight and bias are means over processes."""
     shared = (grad_weight[:, None] * norm + grad_bias[:, None]) / (grad_output.shape[0] * grad_output.shape[2])
     grad_input.copy_(weight[:, None] * (grad_output.float() - shared) / std[:, None])

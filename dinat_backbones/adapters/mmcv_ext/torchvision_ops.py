@@ -23,12 +23,12 @@ def torchvision_ops() -> Any:
 
 
 def supported(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in a dtype that torchvision's operators know: float32 instead of bfloat16."""
+    """The tensors in a dtype that torchvision's operators support: float32 instead of bfloat16."""
     return tuple(tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in tensors)
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of `function(*inputs)` by `inputs`."""
+    """The gradients of `function(*inputs)` with respect to `inputs`."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     with torch.enable_grad():
         output = function(*leaves)

@@ -8,7 +8,7 @@ from .reference import ReferenceBackend
 from .tiled import TiledBackend
 from .triton_backend import TritonBackend
 
-# In order of preference: a call takes the first that is automatic for it and has no objection.
+# In order of preference; ops/dispatch.py takes the first that supports a call.
 BACKENDS: dict[str, Backend] = {
     "exportable": ExportableBackend(),
     "cpu": CPUBackend("cpu"),

@@ -1,4 +1,4 @@
-"""What a backend of the op is."""
+"""The interface of a backend of the op."""
 
 from collections.abc import Sequence
 
@@ -8,27 +8,29 @@ import torch
 class Backend:
     """One way to compute neighborhood attention; see CONTRIBUTING.md, "Adding a backend"."""
 
-    takes_packed_qkv = False  # whether `attention` takes one tensor [B, H, W, 3, heads, head_dim], too
-    requires = ""  # the optional package behind it, if any
+    takes_packed_qkv = False  # whether `attention` also takes one tensor [B, H, W, 3, heads, head_dim]
+    traceable = False  # whether the legacy ONNX exporter can trace it, for one size
+    requires = ""  # the optional package it needs, if any
 
     def automatic(self, device: torch.device) -> bool:
-        """Whether calls on `device` come here without being told to, if `unsupported` has no objection."""
+        """Whether calls on `device` that name no backend may run here; `unsupported` is asked next."""
         return True
 
     def faults(self, device: torch.device) -> list[str]:
-        """Of the reasons that `unsupported` may give, those that are faults of this installation on `device`.
+        """Those reasons of `unsupported` that are faults of the installation, for calls on `device`.
 
-        A call that goes to another backend for such reasons alone causes a warning.
+        If a call runs on another backend for such reasons only, a warning is logged.
         """
         return []
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
     ) -> list[str]:
-        """All the reasons, in words, why this call cannot run here.
+        """All reasons, in words, why this call cannot run here; empty if it can.
 
         Args:
-            qkv: query, key and value, or one packed tensor; with the rest it has passed `check_call`.
+            qkv: query, key and value, or one packed tensor.
+            rpb, kernel_size, dilation, scale: as in `neighborhood_attention_2d`. All have passed `check_call`.
         """
         return []
 
@@ -38,6 +40,7 @@ class Backend:
         """Run the call: see `neighborhood_attention_2d`.
 
         Args:
-            qkv: query, key and value; one packed tensor only where `takes_packed_qkv`.
+            qkv: query, key and value, or with `takes_packed_qkv` possibly one packed tensor.
+            rpb, kernel_size, dilation, scale: of a call for which `unsupported` is empty.
         """
         raise NotImplementedError

@@ -1,12 +1,12 @@
 """Neighborhood attention for export: standard tensor operations only, no loops, no branches on sizes.
 
 The same tiles as `tiled`, all at once: along each axis the queries of a dilation group are split into tiles, and a tile
-attends densely to the keys its windows touch. Every gather runs along one axis with a small index, which is arithmetic
-on the map's height and width: a constant where these are fixed, part of the graph where they are not. The logits of the
+attends densely to the keys its windows touch. Every gather runs along one axis with a small index that is computed from
+the map's height and width: a constant where these are fixed, part of the graph where they are open. The logits of the
 whole map, about four times ``K * K`` per query, are in memory at once.
 
-Sizes that are open at export time never decide anything here; see `symbolic.new_size`. Quotients are of positive
-numbers, since those of ONNX round towards zero and Python's down.
+There are no branches on sizes that are open at export time; see `symbolic.new_size`. Only non-negative numbers are
+divided, because integer division rounds towards zero in ONNX and down in Python.
 """
 
 import math
@@ -65,7 +65,9 @@ def _split_axis(length: int, kernel_size: int, dilation: int, device: torch.devi
 
 
 class ExportableBackend(Backend):
-    """Any device and dtype; comes first while a model is exported, and never otherwise unless it is named."""
+    """Any device and dtype; preferred while a model is exported, otherwise used only when named."""
+
+    traceable = True
 
     def automatic(self, device: torch.device) -> bool:
         """See `Backend`."""

@@ -1,9 +1,9 @@
-"""An installed NATTEN, where it computes what we need: 0.14 to 0.17 with the bias, 0.20 and later without.
+"""An installed NATTEN: 0.14 to 0.17 with the bias, 0.20 and later without.
 
-The old releases hold the attention weights ``[B, heads, H, W, K * K]``; half precision is computed in float32 there,
-since their softmax and bias gradients would accumulate in half precision otherwise. The later ones have fused kernels
-for CUDA (`libnatten`); on a CPU they go through FlexAttention, forward only, and hold a dense mask of all pairs of
-pixels, which is good for comparisons on small maps only. NATTEN is imported by the first call that asks for it.
+The old releases hold the attention weights ``[B, heads, H, W, K * K]``; with them, half precision is computed in
+float32, because softmax and the gradient of the bias would accumulate in half precision otherwise. The later ones have
+fused kernels for CUDA (`libnatten`); on a CPU they use FlexAttention, forward only, with a dense mask of all pairs of
+pixels, which is useful for comparisons on small maps only. NATTEN is imported by the first call that may run on it.
 """
 
 import types
@@ -20,7 +20,7 @@ RELEASES = "0.14 to 0.17 (with rpb) or 0.20 and later (without)"
 
 
 class _Installed:
-    """What there is: the module, or the reason why it cannot be used."""
+    """The imported module, or in `missing` the reason why it cannot be used."""
 
     def __init__(self, module: Any = None, missing: str = ""):
         self.module, self.missing = module, missing
@@ -35,7 +35,7 @@ class _Installed:
 
 @cache
 def installed() -> _Installed:
-    """Import NATTEN, once."""
+    """Import NATTEN once; no error if that fails, see `_Installed.missing`."""
     try:
         import natten
         import natten.functional
@@ -43,13 +43,13 @@ def installed() -> _Installed:
         if (error.name or "").split(".")[0] != "natten":
             return _Installed(missing=f"natten does not import: {error}")
         return _Installed(missing='natten is not installed: pip install "dinat_backbones[natten]"')
-    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, say
+    except (ImportError, OSError, RuntimeError) as error:  # for example, built for another torch
         return _Installed(missing=f"natten does not import: {error}")
     return _Installed(natten)
 
 
 class NattenBackend(Backend):
-    """Automatic on CUDA only: on a CPU `tiled` is faster than any NATTEN, whose import takes its time, too."""
+    """Automatic on CUDA only: on a CPU `tiled` is faster than any NATTEN, and importing NATTEN is slow."""
 
     requires = "natten"
 
@@ -82,12 +82,12 @@ class NattenBackend(Backend):
             if not found.module.HAS_LIBNATTEN:
                 reasons.append(f"{name} was installed without its CUDA kernels (libnatten)")
             if dim % 8:
-                reasons.append(f"{name} wants a head_dim that is a multiple of 8, not {dim}")
+                reasons.append(f"{name} needs a head_dim that is a multiple of 8, not {dim}")
         elif device == "cpu":
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in qkv):
                 reasons.append(f"{name} has no gradients on a CPU")
             if dim not in (8, 16, 32, 64, 128, 256, 512):
-                reasons.append(f"{name} wants a power of two from 8 to 512 as head_dim on a CPU, not {dim}")
+                reasons.append(f"{name} needs a power of two from 8 to 512 as head_dim on a CPU, not {dim}")
         else:
             reasons.append(f"{name} runs on cuda and, slowly, on cpu; the tensors are on {device}")
         return reasons
@@ -98,11 +98,11 @@ class NattenBackend(Backend):
         """See `Backend`."""
         query, key, value = qkv
         found = installed()
-        if not query.numel():  # natten knows no empty batch; this result has all the gradients
+        if not query.numel():  # natten does not support an empty batch; autograd gets zero gradients from this
             return query * key * value * (1.0 if rpb is None else rpb.sum())
         if found.fused:
-            query, key, value = (tensor.contiguous() for tensor in qkv)  # it would copy views itself
-            if not torch.is_grad_enabled():  # FlexAttention on a CPU asks for requires_grad alone
+            query, key, value = (tensor.contiguous() for tensor in qkv)  # natten would copy views as well
+            if not torch.is_grad_enabled():  # FlexAttention on a CPU checks requires_grad only
                 query, key, value = query.detach(), key.detach(), value.detach()
             window = dict(kernel_size=kernel_size, dilation=dilation, scale=scale)
             result: torch.Tensor = found.module.na2d(query, key, value, **window)
@@ -126,7 +126,7 @@ def _with_weights(
     dilation: int,
 ) -> torch.Tensor:
     result: torch.Tensor
-    if hasattr(functions, "na2d_qk"):  # 0.17, where the former names warn at every call
+    if hasattr(functions, "na2d_qk"):  # 0.17, where the older names warn at every call
         window = dict(kernel_size=kernel_size, dilation=dilation)
         result = functions.na2d_av(functions.na2d_qk(query, key, rpb=rpb, **window).softmax(-1), value, **window)
         return result

@@ -1,4 +1,4 @@
-"""The specification of neighborhood attention in plain PyTorch: every query gathers its keys. Slow, to be read."""
+"""The definition of neighborhood attention in plain PyTorch: every query gathers its keys. Slow, written to be read."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,9 @@ def apply_weights(probabilities: torch.Tensor, value: torch.Tensor, kernel_size:
 
 
 class ReferenceBackend(Backend):
-    """Any device and dtype; used only when it is named."""
+    """Any device and dtype; used only when named."""
+
+    traceable = True
 
     def automatic(self, device: torch.device) -> bool:
         """See `Backend`."""

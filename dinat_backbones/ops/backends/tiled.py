@@ -1,4 +1,4 @@
-"""Neighborhood attention in plain PyTorch wherever it runs: tiles of queries attend densely to the keys they span.
+"""Neighborhood attention in plain PyTorch, for any device: tiles of queries attend densely to the keys they span.
 
 Along each axis the queries of one dilation group are split into tiles of consecutive positions. A tile and all the keys
 its windows touch form a small dense problem with a mask, that is, matrix products of a fixed size. Tiles are processed
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .. import transforms
 from .base import Backend
 
-TILE = 8  # most queries per tile along an axis; wider ones see more keys in vain, narrower ones multiply slowly
+TILE = 8  # most queries per tile along an axis; larger tiles mask more logits, smaller ones multiply small matrices
 CHUNK_ELEMENTS = 1 << 21  # logits in flight: 8 MiB in float32, and about three times that with what softmax needs
 
 
@@ -31,7 +31,7 @@ class _Axis(NamedTuple):
     pattern: torch.Tensor  # [tiles] index into `bias`
     bias: torch.Tensor  # [patterns, size, reach] bias index 0..2K-2, or 2K-1 where the key is not in the window
     tile: torch.Tensor  # [length] the tile each position is in
-    slot: torch.Tensor  # [length] and where in it
+    slot: torch.Tensor  # [length] and its place in that tile
 
 
 def _split_axis(length: int, kernel_size: int, dilation: int, device: torch.device) -> _Axis:
@@ -159,7 +159,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, bias, *indices = ctx.saved_tensors  # read once: checkpointing computes them anew each time
+        query, key, value, bias, *indices = ctx.saved_tensors  # read once: checkpointing recomputes them at each access
         tiling = _Tiling(*indices, *ctx.sizes)
         if torch.is_grad_enabled():  # create_graph=True
             grads = _differentiable_gradients(grad_out, query, key, value, bias, tiling)
@@ -209,7 +209,7 @@ def _differentiable_gradients(
     bias: torch.Tensor,
     tiling: _Tiling,
 ) -> list[torch.Tensor | None]:
-    """As `_gradients`, by autograd, which can differentiate them once more."""
+    """As `_gradients`, by autograd, so that they can be differentiated again."""
     inputs = (query, key, value, bias)
     wanted = [t for t in inputs if t.requires_grad]
     found = iter(torch.autograd.grad(_attend_tiles(*inputs, tiling), wanted, grad_out, create_graph=True))

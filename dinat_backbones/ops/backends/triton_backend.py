@@ -1,8 +1,8 @@
-"""The fused kernels for CUDA GPUs, in Triton, forward and backward.
+"""Fused kernels for CUDA GPUs, in Triton, forward and backward.
 
-Queries are taken in 2-D tiles of one dilation group; a tile attends to the block of keys its windows span, on the
-tensor cores, with an online softmax in float32. The backward pass recomputes the weights from the saved logarithm of
-the softmax's denominator. Beside inputs and outputs there are two float32 numbers per query and head, and no matrix
+Queries are processed in 2-D tiles of one dilation group; a query tile attends to the block of keys its windows span, on
+the tensor cores, with an online softmax in float32. The backward pass recomputes the weights from the saved logarithm
+of the softmax's denominator. Besides inputs and outputs there are two float32 numbers per query and head, and no matrix
 [.., K * K]. `triton_kernels.py` has the kernels; they are compiled at the first call on a GPU, so that importing this
 package needs no Triton.
 
@@ -30,7 +30,7 @@ MAX_DIM = 128
 CHECKED_DEVICES = ("cuda",)  # not the CPU, where the interpreter would take minutes; see triton_check.py
 MIN_VERSION = (3, 2)  # the first with tl.gather
 MIN_CAPABILITY = (8, 0)  # the first with bfloat16 on the tensor cores
-WIDE = 1 << 30  # from so many elements in one image on, offsets inside it have 64 bit; those of images always do
+WIDE = 1 << 30  # elements of one image from which on offsets inside it have 64 bit; offsets of images always have
 
 
 class Tiles(NamedTuple):
@@ -52,8 +52,8 @@ class Tiles(NamedTuple):
 
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
-# What tools/triton_kernels.py prints after trying them out on a GPU: (kernel_size, head_dim, dtype) to the tiles of
-# each of KERNELS. Whatever is not in here follows the rule below.
+# Printed by `tools/triton_kernels.py tune` on a GPU: (kernel_size, head_dim, dtype) to the tiles of each of KERNELS.
+# Other combinations follow the rule in `tiles`.
 TUNED: dict[tuple[int, int, torch.dtype], tuple[Tiles, Tiles, Tiles]] = {}
 
 
@@ -85,13 +85,13 @@ def tiles(kernel_size: int, head_dim: int, dtype: torch.dtype) -> tuple[Tiles, T
         rows = max(keys // columns, least_rows)
         return Tiles(64 // tile_columns, tile_columns, rows, keys // rows, warps, 2)
 
-    # The sums over rows in the gradient of the bias are a product over tile_rows * rows, which has to be 16 or more.
+    # The sums over rows in the gradient of the bias are a product over tile_rows * rows, which must be 16 or more.
     least_rows = -(-16 * tile_columns // 64)
     return tiles_of(at_a_time[0], 1), tiles_of(at_a_time[1], least_rows), tiles_of(at_a_time[2], 1)
 
 
 def _missing_triton() -> str:
-    """Why the kernels cannot be compiled here, or nothing. Does not import Triton."""
+    """Why the kernels cannot be compiled here, or "". Does not import Triton."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton (Linux wheels of PyTorch for CUDA bring it)"
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -99,7 +99,7 @@ def _missing_triton() -> str:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        numbers = re.match(r"(\d+)\.(\d+)", version)  # of 3.2rc1, too
+        numbers = re.match(r"(\d+)\.(\d+)", version)  # 3.2rc1 as well
         if numbers and (int(numbers[1]), int(numbers[2])) < MIN_VERSION:
             return f"Triton {version} is too old; {'.'.join(map(str, MIN_VERSION))} or newer is needed"
     return ""
@@ -108,7 +108,7 @@ def _missing_triton() -> str:
 def constants(
     kernel_size: int, head_dim: int, has_rpb: bool = True, tf32: bool = False, wide: bool = False
 ) -> dict[str, Any]:
-    """What all three kernels are compiled for, beside dtypes and `Tiles`."""
+    """Compile-time constants of all three kernels, besides those of `Tiles`."""
     return dict(
         KERNEL=kernel_size,
         DIM=head_dim,
@@ -121,12 +121,12 @@ def constants(
 
 
 def gradient_constants(kernel_size: int, atomic: bool) -> dict[str, bool | int]:
-    """What the kernel of the query's gradient is compiled for besides."""
+    """Further compile-time constants of `query_gradient_kernel`."""
     return dict(ATOMIC=atomic, BLOCK_SPAN=max(16, power_of_two(2 * kernel_size - 1)))
 
 
 class _Launcher:
-    """What the kernels of one direction have in common."""
+    """Launches the kernels of one call: their common arguments, grid and tiles."""
 
     def __init__(self, call: Call):
         query, key, value, rpb, kernel_size, dilation, scale = call
@@ -174,7 +174,7 @@ def _kernels() -> ModuleType:
 
 def _tf32() -> bool:
     matmul = torch.backends.cuda.matmul
-    # Since torch 2.9 the old name raises where the new one was set.
+    # Since torch 2.9 reading allow_tf32 raises an error if fp32_precision was set.
     return bool(matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32)
 
 
@@ -186,7 +186,7 @@ class TritonBackend(CompiledBackend):
     """float32, float16 and bfloat16 on a CUDA GPU."""
 
     requires = "triton"
-    dispatch_key = "CompositeExplicitAutograd"  # on a CPU, too, in Triton's interpreter
+    dispatch_key = "CompositeExplicitAutograd"  # also on a CPU, in Triton's interpreter
     keeps_lse = True
 
     def __init__(self, name: str):
@@ -211,7 +211,7 @@ class TritonBackend(CompiledBackend):
         if self.missing:
             reasons.append(self.missing)
         if device.type == "cuda":
-            # While a graph is traced nothing asks the GPU; the compiled graph's call of the kernel does.
+            # The GPU is not queried while a graph is traced, but when the compiled graph calls the kernel.
             reasons += [] if torch.compiler.is_compiling() else _gpu_reasons(device)
         elif not _interpreted:
             reasons.append(f"the tensors are on {device}, the kernel runs on cuda")
@@ -225,7 +225,7 @@ class TritonBackend(CompiledBackend):
         return reasons
 
     def _disagreement(self, device: torch.device, dtype: torch.dtype, kernel_size: int, head_dim: int) -> str:
-        """What triton_check says to this kind of call; asked once."""
+        """The result of triton_check for this kind of call, computed once; "" if the kernels agree."""
         kind = device, dtype, kernel_size, head_dim
         if kind not in self.disagreements:
             if not triton_check.possible():
@@ -244,9 +244,9 @@ class TritonBackend(CompiledBackend):
     ) -> None:
         """See `CompiledBackend`.
 
-        The gradient of the bias is added up with atomic operations, which needs no memory. Where torch asks for
-        determinism, every tile of queries gets a table ``[2K-1, 2K-1]`` of its own and those are summed up in order:
-        in float32 about ``(2K-1)**2 / 64`` numbers per query and head.
+        The gradient of the bias is added up with atomic operations, which need no extra memory. With
+        `torch.use_deterministic_algorithms` every query tile writes a table ``[2K-1, 2K-1]`` of its own, and these are
+        summed in order: about ``(2K-1)**2 / 64`` float32 numbers per query and head.
         """
         out, lse = saved
         assert out is not None and lse is not None  # see `keeps_lse`

@@ -1,4 +1,4 @@
-"""The Triton kernels are compared with `tiled` before they are used: they may meet a GPU they were never run on.
+"""Comparison of the Triton kernels with `tiled` before their first use, since a GPU may be one they never ran on.
 
 Once per process and kind of call (device, dtype, kernel size, head dimension), forward and backward on a map of a few
 pixels: a few milliseconds beside compilation. DINAT_CHECK=0 in the environment turns it off.
@@ -15,13 +15,13 @@ from .tiled import plain_attention
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
 
-# of the largest magnitude; float32 as with TF32 products, which torch may be told to use
+# relative to the largest magnitude; float32 allows for TF32 products, which can be turned on in torch
 TOLERANCES = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 REPORT = "please report this with the output of `dinat info`; DINAT_CHECK=0 in the environment skips the comparison"
 
 
 def turned_off() -> bool:
-    """Whether DINAT_CHECK says so."""
+    """Whether DINAT_CHECK in the environment turns the comparison off."""
     return os.environ.get("DINAT_CHECK", "").lower() in ("0", "false", "no", "off", "n")
 
 
@@ -35,12 +35,12 @@ def possible() -> bool:
 def disagreement(
     backend: "TritonBackend", device: torch.device, dtype: torch.dtype, kernel_size: int, head_dim: int
 ) -> str:
-    """What is wrong with the kernels for this kind of call, in words, or nothing."""
+    """What is wrong with the kernels for this kind of call, in words; "" if they agree with `tiled`."""
     kind = f"kernel_size={kernel_size}, head_dim={head_dim}, {dtype}"
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             errors = _errors(backend, device, dtype, kernel_size, head_dim)
-    except Exception as error:  # whatever a compiler or a driver may raise
+    except Exception as error:  # compilers and drivers raise many types
         first_line = next(iter(str(error).splitlines()), "")
         return f"the Triton kernels do not run here ({kind}; {type(error).__name__}: {first_line}): {REPORT}"
     wrong = [f"{name} {error:.2g}" for name, error in errors.items() if not error <= TOLERANCES[dtype]]  # NaN, too
@@ -54,8 +54,8 @@ def disagreement(
 def _errors(
     backend: "TritonBackend", device: torch.device, dtype: torch.dtype, kernel_size: int, head_dim: int
 ) -> dict[str, float]:
-    """Largest difference from float64, of the largest magnitude, of the output and each gradient."""
-    generator = torch.Generator().manual_seed(0)  # leaves torch's random state as it is
+    """Largest difference from `tiled` in float64, divided by the largest magnitude, of the output and each gradient."""
+    generator = torch.Generator().manual_seed(0)  # does not change torch's random state
     height, width, heads, scale = 2 * kernel_size, 2 * kernel_size + 3, 2, head_dim**-0.5
 
     def draw(*shape: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ The positions of one dilation group (row % dilation, column % dilation) form a s
 attention is not dilated; neighbors on it are `dilation` apart in memory, so nothing is copied. A program takes one head
 and one TILE_ROWS x TILE_COLUMNS tile of such a map and walks over the block of positions that can interact with it,
 ROWS x COLUMNS at a time: matrix products on the tensor cores, masked to every query's window. "Rows" and "columns" in
-here always count inside the dilation group.
+this file always count inside the dilation group.
 
 This module needs Triton when it is imported; with TRITON_INTERPRET=1 in the environment the kernels run in NumPy.
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Sizes change from image to image; a kernel compiled for each (a multiple of 16 or not, 1 or not) would gain nothing.
+# Sizes change from image to image; specializing kernels for them (a multiple of 16 or not, 1 or not) gains nothing.
 SIZES = ["height", "width", "heads", "dilation"]
 
 
@@ -46,7 +46,7 @@ def _query_range(first, length, TILE: tl.constexpr, KERNEL: tl.constexpr):
 
 @triton.jit
 def _steps(dilation, row, column, WIDE: tl.constexpr):
-    """Distance in memory of neighbors of a dilation group, from that of rows and columns of the map."""
+    """Strides between neighboring rows and columns of a dilation group, from those of the map."""
     if WIDE:  # offsets inside one image need 64 bit; those of images always have them
         return dilation.to(tl.int64) * row, dilation.to(tl.int64) * column
     return dilation * row, dilation * column
@@ -57,7 +57,7 @@ def _tile(
     stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """What this program works on: the head; rows and columns of the dilation group, and the first ones of the tile; and
+    """The tile of this program: its head; rows and columns of the dilation group, and the first ones of the tile; and
     where the group begins in query, key and value, and in an array [B, H, W, heads], 64 bit.
 
     Heads run fastest, because they are neighbors in memory, then tiles of one group, which share keys.
@@ -111,7 +111,7 @@ def _store(pointer, offsets, inside, values, DIM: tl.constexpr, BLOCK_DIM: tl.co
 
 @triton.jit
 def _outside(distance, KERNEL: tl.constexpr):
-    """What to add to a logit whose key is `distance` after the start of the window: 0 inside, else -inf."""
+    """Mask of a logit whose key is `distance` after the start of the window: 0 inside, else -inf."""
     inside = distance.to(tl.uint32, bitcast=True) < KERNEL  # 0 <= distance < KERNEL in one comparison
     return tl.where(inside, 0.0, float("-inf"))
 
@@ -139,7 +139,7 @@ def _logits(
     if HAS_RPB:
         SPAN: tl.constexpr = 2 * KERNEL - 1
         distance = (k_row * SPAN + k_column) - (q_row * SPAN + q_column)
-        index = (distance + (KERNEL - 1) * 2 * KERNEL) & (BLOCK_TABLE - 1)  # anything for pairs too far apart
+        index = (distance + (KERNEL - 1) * 2 * KERNEL) & (BLOCK_TABLE - 1)  # arbitrary outside of the window
         logits += tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), 0), index.shape)
     return logits
 

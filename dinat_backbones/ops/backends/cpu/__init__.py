@@ -1,11 +1,12 @@
-"""The C++ kernel on the CPU.
+"""The C++ kernel for CPUs.
 
-csrc/ is built by setup.py into a library with a plain C interface, `library.py` loads it, and `openmp.py` finds the
-threads it runs on.
+setup.py builds csrc/ into a library with a plain C interface, `library.py` loads it, and `openmp.py` finds the threads
+it runs on.
 
-Beside inputs and outputs the kernel needs, per thread, about 1 MiB going forward and 4 MiB going backward (more where
-64 columns of a large window and head dimension do not fit), which a thread keeps for its next call; and going backward
-tables of the bias gradient, 4 MiB or one table ``[2K-1, 2K-1]`` for each head of each image, whichever is more.
+Besides inputs and outputs the kernel needs scratch memory per thread, about 1 MiB in the forward and 4 MiB in the
+backward pass (more if 64 columns of a large window and head dimension do not fit), which a thread keeps for its next
+call. The backward pass also needs tables of the bias gradient: 4 MiB, or one table ``[2K-1, 2K-1]`` for each head of
+each image if that is more.
 """
 
 import ctypes
@@ -30,10 +31,10 @@ class CPUBackend(CompiledBackend):
         super().__init__(name)
 
     def instruction_set(self) -> str:
-        """What the kernel runs on this machine: "avx512", "avx2" or "baseline".
+        """The instruction set in use: "avx512", "avx2" or "baseline".
 
         Raises:
-            RuntimeError: there is no kernel.
+            RuntimeError: the kernel's library cannot be loaded.
         """
         if self.library is None:
             raise RuntimeError(self.missing)
@@ -41,7 +42,7 @@ class CPUBackend(CompiledBackend):
         return name.decode()
 
     def use_instruction_set(self, name: str) -> bool:
-        """Run with another one from now on, for tests; False where this machine or build does not have it."""
+        """Switch to another instruction set, for tests; False if this machine or build does not have it."""
         return self.library is not None and self.library.na2d_use_instruction_set(name.encode()) == 0
 
     def faults(self, device: torch.device) -> list[str]:
@@ -88,7 +89,7 @@ class CPUBackend(CompiledBackend):
 
 
 def _problem(call: Call) -> tuple[library.Problem, torch.Tensor | None]:
-    """What both passes tell the library, and the table it points to, which has to outlive the call."""
+    """The C struct of a call, and the contiguous float32 rpb it points to, which must be kept alive during the call."""
     query, key, value, rpb, kernel_size, dilation, scale = call
     problem = library.Problem(*query.shape, kernel_size, dilation, query.dtype == torch.bfloat16)
     problem.threads, problem.scale = torch.get_num_threads(), scale

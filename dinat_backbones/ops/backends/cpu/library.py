@@ -1,4 +1,4 @@
-"""The kernel's library: its C interface as ctypes sees it, and loading it."""
+"""The kernel's library: its C interface in ctypes, and loading it."""
 
 import ctypes
 import os
@@ -18,13 +18,13 @@ class View(ctypes.Structure):
 
 
 def view(tensor: torch.Tensor, into: View) -> None:
-    """Describe a tensor of five dimensions."""
+    """Write address and strides of a five-dimensional tensor into a `View`."""
     into.data = tensor.data_ptr()
     into.stride[:] = tensor.stride()
 
 
 class Problem(ctypes.Structure):
-    """Na2dProblem of csrc/na2d.h, field by field; `load` compares sizes."""
+    """Na2dProblem of csrc/na2d.h, field by field; `load` compares the sizes of both."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "heads", "dim")),

@@ -1,6 +1,7 @@
 """The threads the kernel runs on: those of the OpenMP runtime that torch uses.
 
-A second runtime would have a second pool of threads, which would fight for the cores with torch's spinning one.
+A second runtime would have a second pool of threads, which would compete for the cores with torch's idle, spinning
+ones.
 """
 
 import ctypes
@@ -16,14 +17,14 @@ _forked = False
 def parallel() -> int | None:
     """Address of torch's GOMP_parallel; None lets the kernel start threads itself.
 
-    The runtime's threads do not survive a fork; a child gets threads of its own.
+    The runtime's threads do not survive a fork, so the result is None in a child process as well.
     """
     return None if _forked else _torch_entry("GOMP_parallel")
 
 
 @cache
 def _torch_entry(symbol: str) -> int | None:
-    """Address of a function in what torch's own library is linked with, whatever else the process has loaded."""
+    """Address of a function in the libraries that libtorch_cpu is linked with; other loaded libraries do not matter."""
     library = _torch_library()
     # The lookup goes through that library and its dependencies, in the order the linker resolved them.
     entry = getattr(library, symbol, None)
@@ -31,7 +32,7 @@ def _torch_entry(symbol: str) -> int | None:
 
 
 def _torch_library() -> ctypes.CDLL | None:
-    """libtorch_cpu, which is loaded already."""
+    """libtorch_cpu, which is loaded already; None if it is not found."""
     if os.name == "nt":
         return None  # GetProcAddress does not look into dependencies, and Windows has no GOMP_parallel
     folder = Path(torch.__file__).parent / "lib"

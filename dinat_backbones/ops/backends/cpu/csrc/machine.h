@@ -1,4 +1,4 @@
-// What differs between systems: which instructions there are, and memory in large pages.
+// What depends on the system: which instructions there are, and memory in large pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -41,7 +41,7 @@ void advise_large_pages(const Na2dProblem& p, const Na2dView& view) {
 }
 
 // Per-thread memory that outlives a call, so that a network's many calls don't pay for fresh pages each time. The kernels
-// jump between hundreds of its rows: on small pages the address translations would not fit their cache.
+// jump between hundreds of its rows: with small pages the address translations would not fit the TLB.
 struct Arena {
   float* data = nullptr;
   size_t floats = 0;
@@ -109,9 +109,9 @@ Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
   return items;
 }
 
-// Partial tables of the bias gradient. Each is the sum over some neighboring items of one head of one image, in their order
-// and by one thread, and the tables are summed up in theirs, so that the result does not depend on who did what. There are as
-// many as there are items, unless they would take more than kTableBytes; but at least one per head of each image.
+// Partial tables of the bias gradient. Each is the sum over some neighboring items of one head of one image, added in order by
+// one thread, and the tables are added in order as well, so that the result does not depend on how threads share the work.
+// There is one table per item, or fewer where those would take more than kTableBytes, but at least one per head of each image.
 struct Tables {
   int64_t size, items_of_each, per_head;
   std::vector<float> data;
@@ -134,7 +134,7 @@ struct Job {
   std::atomic<int64_t> next{0};
   std::atomic<bool> out_of_memory{false};
 
-  // What a thread does in one go: the items of one table, or one item.
+  // Units of work, which a thread takes one at a time: the items of one table, or one item.
   int64_t units() const {
     const int64_t heads = problem.batch * problem.heads;
     return heads * (tables ? tables->per_head : items.per_head);
@@ -177,7 +177,7 @@ int run(Job& job) {
     try {
       while (int64_t(helpers.size()) < threads - 1) helpers.emplace_back(body, &job);
     } catch (const std::system_error&) {
-      // The system has no more threads: those that are there do all the work.
+      // The system has no more threads: the existing ones do all the work.
     }
     job.work();
     for (auto& helper : helpers) helper.join();

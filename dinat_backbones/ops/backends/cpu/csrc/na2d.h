@@ -20,8 +20,8 @@ struct Na2dView {
   int64_t stride[5];
 };
 
-// Runs body(context) on `threads` threads at once and returns when all are done: the signature of GOMP_parallel, so that
-// the caller can hand in the OpenMP runtime torch already uses.
+// Runs body(context) on `threads` threads at once and returns when all are done. It has the signature of GOMP_parallel, so
+// that the caller can pass that of the OpenMP runtime torch already uses.
 typedef void (*Na2dParallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 
 struct Na2dProblem {
@@ -37,15 +37,15 @@ struct Na2dProblem {
   Na2dParallel parallel;                                // null: std::thread
 };
 
-// What the caller compares with its own idea of this file before it calls anything else.
+// The caller compares both with its own values before it calls anything else.
 NA2D_EXPORT int na2d_interface();         // NA2D_INTERFACE
 NA2D_EXPORT int64_t na2d_problem_size();  // sizeof(Na2dProblem)
 // 0 on success, 1 when memory ran out.
 NA2D_EXPORT int na2d_forward(const Na2dProblem* problem);
 NA2D_EXPORT int na2d_backward(const Na2dProblem* problem);
-// "avx512", "avx2" or "baseline": what calls run with, the best of the machine unless said otherwise.
+// "avx512", "avx2" or "baseline": the instruction set in use, by default the best that the machine has.
 NA2D_EXPORT const char* na2d_instruction_set();
-// From now on run with that one (for tests). 0 on success, 1 where this machine or build does not have it.
+// Switches to that instruction set (for tests). 0 on success, 1 if this machine or build does not have it.
 NA2D_EXPORT int na2d_use_instruction_set(const char* name);
 }
 
@@ -57,7 +57,7 @@ struct Item {
   int64_t batch, head, group, row_begin, row_end, column_begin, column_end;
 };
 
-// What every item of one call needs to know about the columns; arrays of `width` and some more, see Geometry in na2d.cpp.
+// The windows along a row, the same for every item of a call; arrays of `width` plus padding, see Geometry in na2d.cpp.
 struct Columns {
   const int32_t* first;     // window start minus query position, -(K-1)..0
   const int32_t* last;      // first + K - 1

@@ -71,7 +71,7 @@ inline NA2D_ALWAYS_INLINE void add_source(Vec (&sum)[Pixels][kRows][Vecs], const
   for (int r = 0; r < Count; ++r) weight[r] = source.weights[r] + weight_at;
   const float* pixel = source.pixels + pixel_at;
   for (int64_t j = 0; j < deltas; ++j, pixel += pixel_step) {
-    // What the next column wants: with a large dilation that is far from what this one had.
+    // Pixels of the next column: with a large dilation they are far from those of this one.
     for (int i = 0; i < Vecs * L; i += 16) prefetch(pixel + Pixels * column_step + i);
     NA2D_UNROLL(4)
     for (int p = 0; p < Pixels; ++p) {

@@ -104,7 +104,7 @@ void load_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, 
   }
 }
 
-// The way back: in[column - begin][dim], times factor or (where given) times factors[column - begin].
+// The inverse of load_row: in[column - begin][dim], times factor or (where given) times factors[column - begin].
 template <class T>
 void store_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
             float factor, const float* factors, const float* in, int64_t dims) {

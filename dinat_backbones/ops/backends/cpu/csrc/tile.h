@@ -127,7 +127,7 @@ struct Tile {
       pack<T>(view, p, item.batch, map_row(row + r), item.head, begin, end, factor, planes + r * dims * query_ld, query_ld);
   }
 
-  // Goes to the next query rows, of those up to `last_row`; load(key row) is called once for each that comes into reach.
+  // Moves to the query rows from `first_row` on, before `last_row`; calls load(key row) once for each new key row.
   template <class Load>
   void advance(int64_t first_row, int64_t last_row, Load load) {
     const int64_t left = last_row - first_row, tiles = (left + kRows - 1) / kRows;
@@ -180,7 +180,7 @@ struct Tile {
     }
   }
 
-  // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias comes in here.
+  // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias is added here.
   void softmax(float* logits, float* inverse, int64_t ld, int64_t from, int64_t to) const {
     const float* const table = p.rpb ? p.rpb + item.head * span * span : nullptr;
     const Vec nothing = splat(-std::numeric_limits<float>::infinity());

@@ -31,7 +31,7 @@ inline IntVec as_int(Vec v) { return IntVec(v); }
 inline UintVec as_uint(Vec v) { return UintVec(v); }
 inline Vec select(IntVec mask, Vec a, Vec b) { return Vec((IntVec(a) & mask) | (IntVec(b) & ~mask)); }
 
-// Keeps a vector in a register: compilers would rather load it again for each product it goes into.
+// Keeps a vector in a register: without this, compilers load it again for each product.
 inline void in_register([[maybe_unused]] Vec& v) {
 #if defined(__x86_64__)
   asm("" : "+v"(v));

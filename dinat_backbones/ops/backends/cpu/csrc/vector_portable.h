@@ -54,7 +54,7 @@ template <class T>
 inline Lanes<T> operator<<(const Lanes<T>& a, int bits) {
   return each_lane<Lanes<T>>([&](int i) { return T(uint32_t(a[i]) << bits); });
 }
-// Comparisons give all bits or none.
+// Comparisons return lanes of all ones or all zeros.
 template <class T>
 inline IntVec operator<(const Lanes<T>& a, const Lanes<T>& b) {
   return each_lane<IntVec>([&](int i) { return -int32_t(a[i] < b[i]); });
