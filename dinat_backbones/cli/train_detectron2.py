@@ -29,6 +29,7 @@ from ..adapters.detectron2 import (
     shapes_datasets,  # noqa: F401  # registers them
 )
 from ..adapters.detectron2.trainer import Trainer
+from ..zoo import find_config
 from .common import stop
 
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: the config does not exist or has a wrong key or value.
     """
     args = default_argument_parser(epilog=__doc__).parse_args(arguments)
+    if args.config_file:
+        args.config_file = str(find_config(args.config_file))  # Detectron2 reads the file itself, too
     try:
         config_of(args)  # reports errors once, before any process starts
     except (FileNotFoundError, KeyError, ValueError) as error:

@@ -23,7 +23,7 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
 from dinat_backbones.adapters.detectron2.maskformer_compat import mask2former
-from dinat_backbones.cli import predict, predict_detectron2
+from dinat_backbones.cli import predict, predict_detectron2, train_detectron2
 
 CONFIGS = ROOT / "mask2former" / "configs"
 
@@ -93,7 +93,13 @@ def test_original_yaml_loads(tmp_path):
 
 def test_shipped_yaml_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert get_config(str(DEMO.relative_to(ROOT))) == get_config(str(DEMO))
+    name = str(DEMO.relative_to(ROOT))
+    assert get_config(name) == get_config(str(DEMO))
+    launched = []
+    monkeypatch.setattr(train_detectron2, "launch", lambda run, *gpus, args, **options: launched.append(*args))
+    train_detectron2.main(["--config-file", name, "--num-gpus", "0", "OUTPUT_DIR", str(tmp_path)])
+    train_detectron2.set_up(launched[0])  # logs the text of the file
+    assert (tmp_path / "config.yaml").is_file()
 
 
 # --------------------------------------------------------------------------------------------- Mask2Former's releases
