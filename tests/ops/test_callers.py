@@ -73,7 +73,7 @@ class LeafTracer(torch.fx.Tracer):
 
 @pytest.mark.parametrize("backend", [None, *EVERYWHERE])
 def test_symbolic_trace_with_the_module_as_a_leaf(backend):
-    """What the module does depends on the size of the map, so a tracer of values without sizes has to leave it whole."""
+    """What the module does depends on the size of the map, which symbolic tracing does not know."""
     module, _ = module_and_images(backend)
     model = torch.nn.Sequential(torch.nn.LayerNorm(16), module, torch.nn.Linear(16, 4))
     graph = LeafTracer().trace(model)
