@@ -1,6 +1,6 @@
 # Every target sets up what it needs on a fresh machine; Python 3.11 and, for the classic stack, 3.10 must be installed.
 .PHONY: setup setup-classic demo demo-cascade demo-seg demo-mask2former demo-panoptic test test-classic \
-	lint package check-install bench bench-classic bench-gpu clean
+	lint package check-install bench bench-classic bench-gpu fuzz clean
 
 # A file at a time on each core, with one thread: most tests compute little, and teams of threads get in each other's way.
 PYTEST = -m pytest -q -n auto --maxprocesses 8 --dist loadfile
@@ -62,6 +62,12 @@ bench-classic: setup-classic
 
 bench-gpu: setup
 	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
+
+# Random calls, damaged checkpoints, sanitizers and killed commands: 10,000 calls, 20,000 files and 50 kills and more.
+SECONDS = 1800
+SEED = 0
+fuzz: setup
+	.venv/bin/python tools/fuzz.py all --seconds $(SECONDS) --seed $(SEED)
 
 clean:
 	rm -rf .venv .venv-classic build work_dirs *.egg-info dinat_backbones/ops/backends/cpu/_na2d.so

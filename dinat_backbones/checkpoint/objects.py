@@ -31,7 +31,8 @@ class Inert:
     @property
     def is_numeric(self) -> bool:
         """Whether it is a numpy array of numbers, in a type that torch does not have."""
-        return self.name == "numpy.ndarray" and str(self.arguments[1])[:1] in "biufc"
+        dtypes = [argument for argument in self.arguments[1:2] if isinstance(argument, Dtype)]
+        return self.name == "numpy.ndarray" and any(dtype.name[:1] in "biufc" for dtype in dtypes)
 
     def __repr__(self) -> str:
         return f"Inert({self.name!r})"
@@ -54,7 +55,10 @@ class Known(Inert):
 def _tensor(flat: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: Any) -> Tensor:
     """A view of a storage, which is a flat tensor here; `rest` are requires_grad, hooks, metadata."""
     if len(rest) > 2 and rest[2]:
-        raise ValueError(f"a tensor with metadata {rest[2]!r}")
+        raise ValueError("a tensor with metadata")
+    # before comparing and printing them: values of a file may be lists of lists that no one gets to the end of
+    if not all(isinstance(number, int) and number.bit_length() <= 64 for number in (*size, *stride, offset)):
+        raise ValueError("a tensor whose sizes are no numbers")
     if min((*size, *stride, offset), default=0) < 0 or len(size) != len(stride):
         raise ValueError(f"a tensor of size {size} with stride {stride} at {offset}")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -81,7 +85,7 @@ def _tensor_with_state(function: Callable[..., Any], kind: Any, arguments: tuple
     """A parameter or buffer with attributes of its own, which are dropped."""
     names = [item.name for item in (function, kind) if isinstance(item, Inert)]
     if len(names) < 2 or not names[0].startswith("torch._utils._rebuild_") or not names[1].startswith("torch."):
-        raise ValueError(f"a tensor made by {function} of type {kind}")
+        raise ValueError(f"a tensor made by {' and '.join(names)}")
     return function(*arguments)
 
 
@@ -92,7 +96,9 @@ class Dtype:
     """What a pickle says of an array's elements: numpy's name of the type, such as "f4", and the order of bytes."""
 
     def __init__(self, name: Any, *args: Any) -> None:
-        self.name, self.order = str(name), "="
+        if not isinstance(name, str):
+            raise ValueError(f"a dtype named by a {type(name).__name__}")
+        self.name, self.order = name, "="
 
     def __str__(self) -> str:
         return self.name
@@ -130,6 +136,8 @@ def _scalar(dtype: Any, content: Any = b"") -> Any:
 
 
 def _as_bytes(content: Any) -> bytes:
+    if not isinstance(content, (str, bytes, bytearray)):
+        raise ValueError(f"bytes of a {type(content).__name__}")  # bytes(n) would be n zeros
     return content.encode("latin1") if isinstance(content, str) else bytes(content)  # a str in files of Python 2
 
 

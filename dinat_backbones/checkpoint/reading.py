@@ -46,19 +46,21 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
         checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, allow_pickle)
     except RefusedName as error:
         raise ValueError(
-            f"{path} needs code to be read: it asks for {error}. That could run anything, so the file was refused. If "
-            "you trust its origin, `dinat convert FILE TARGET.pth --to LAYOUT --allow-pickle` (in Python "
-            "dinat_backbones.checkpoint.read(path, allow_pickle=True)) runs it once and writes the tensors alone"
+            f"{path} needs code to be read: it asks for {_one_line(error)}. That could run anything, so the "
+            "file was refused. If you trust its origin, `dinat convert FILE TARGET.pth --to LAYOUT --allow-pickle` (in "
+            "Python dinat_backbones.checkpoint.read(path, allow_pickle=True)) runs it once and writes the tensors alone"
         ) from None
     except WrongFormat as error:
-        raise ValueError(f"{path} is {error}; expected a file of torch.save or safetensors with a state dict") from None
+        raise ValueError(
+            f"{path} is {_one_line(error)}; expected a file of torch.save or safetensors with a state dict"
+        ) from None
     except MemoryError as error:
         raise MemoryError(f"{path} ({path.stat().st_size} bytes) does not fit into memory") from error
     except Exception as error:  # corrupt pickles and archives raise nearly anything
         # an import or the disk failed, and the message says so; EINVAL is a damaged archive that leads before its start
         if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        reason = _one_line(error) or type(error).__name__
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) cannot be read: it is empty, truncated or no checkpoint at all; "
             f"delete it and get it again ({reason})"
@@ -66,6 +68,12 @@ def read(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> dict[
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}; expected a dictionary of tensors (a state dict)")
     return dict(checkpoint)
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of its message, without what a file could do to a terminal."""
+    lines = str(error).strip().splitlines()
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in "".join(lines[:1])[:200])
 
 
 def _local(source: str | os.PathLike[str]) -> Path:

@@ -66,10 +66,11 @@ class _Storages:
     def __call__(self, pid: Any) -> Tensor:
         """The answer to a persistent id: "storage", type, key, device, number of elements and, in old files, a view."""
         kind, storage, key, _, count, *view = pid
-        if kind != "storage" or not isinstance(storage, Inert) or any(item is not None for item in view):
-            raise ValueError(f"a persistent id of {kind!r}")
+        known = kind == "storage" and isinstance(storage, Inert) and isinstance(key, (str, int))
+        if not known or not isinstance(count, int) or any(item is not None for item in view):
+            raise ValueError("a persistent id that is no storage's")
         dtype = STORAGES[storage.name.removeprefix("torch.")]
-        key, size = str(key), int(count) * dtype.itemsize
+        key, size = str(key), count * dtype.itemsize
         if key not in self.by_key:
             self.left -= size
             if size < 0 or self.left < 0:
@@ -153,7 +154,7 @@ def _read_legacy(file: BinaryIO) -> Any:
     file.seek(start)
     protocol, machine = (SafeUnpickler(file).load() for _ in range(2))
     if protocol != 1001 or not machine.get("little_endian", True):
-        raise WrongFormat(f"a checkpoint of protocol {protocol} of a machine {machine}")
+        raise WrongFormat("a checkpoint of a big-endian machine, or of another protocol than torch's 1001")
     storages = _Storages(size, lambda key, count: torch.empty(count, dtype=torch.uint8))
     content = SafeUnpickler(file, storages).load()
     for key in SafeUnpickler(file).load():

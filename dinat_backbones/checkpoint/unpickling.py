@@ -147,7 +147,7 @@ class SafeUnpickler(pickle._Unpickler):
                 if value is target:
                     self.memo[index] = array
         elif isinstance(target, Dtype):
-            target.order = str(state[1])
+            target.order = state[1] if isinstance(state[1], str) else "="
         elif isinstance(target, OrderedDict):
             if isinstance(state, dict) and "_metadata" in state:  # versions of the modules of a state dict
                 target._metadata = state["_metadata"]  # type: ignore[attr-defined]

@@ -2,8 +2,11 @@
 explain badly."""
 
 import argparse
+import os
 import runpy
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,6 +47,8 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
     path = Path(spec.origin or "").parent / ".mim" / "tools" / script if spec else None
     if path is None or not path.is_file():
         stop(f'{scope} with its packaged tools is not installed: pip install "dinat_backbones[openmmlab]"')
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
+        _end_with(os.getppid())
     sys.argv[1:] = _without_gpu(prepare(scope, cfg, words), cfg)
     runpy.run_path(str(path), run_name="__main__")
 
@@ -70,6 +75,22 @@ def _check_slide(cfg: Any) -> None:
             "mmseg would resize the masks of each crop to the padded image; add --cfg-options "
             "model.data_preprocessor.test_cfg=None, which leaves images unpadded, or use mode='whole'"
         )
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent has gone.
+
+    Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that has
+    been resumed meanwhile.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        print(f"torchrun (process {parent}) is gone; ending", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _without_gpu(words: list[str], cfg: Any) -> list[str]:

@@ -13,6 +13,7 @@ from dinat_backbones import zoo
 from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
@@ -227,3 +228,19 @@ def test_one_sentence_without_detectron2():
     assert (
         run.stderr.strip().split("\n")[-1].startswith("ModuleNotFoundError: dinat_backbones.adapters.detectron2 needs")
     )
+
+
+def test_files_are_saved_whole_or_not_at_all(tmp_path):
+    """The file before stays as it is if writing the next one fails; what is saved is what Detectron2 saves."""
+    model = torch.nn.Linear(2, 1)
+    ours, original = adapter.Checkpointer(model, str(tmp_path)), DetectionCheckpointer(model, str(tmp_path))
+    original.save("original", iteration=3)
+    ours.save("model", iteration=3)
+    assert (tmp_path / "last_checkpoint").read_text() == "model.pth"
+    path = tmp_path / "model.pth"
+    assert torch.load(path).keys() == torch.load(tmp_path / "original.pth").keys()
+    content = path.read_bytes()
+    with pytest.raises(AttributeError):
+        ours.save("model", trap=lambda: None)
+    assert path.read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} == {"original.pth", "model.pth", "last_checkpoint"}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
+from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import CheckpointLoader, Runner
@@ -102,3 +103,15 @@ def test_addresses_and_missing_files(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="is not there"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "a.pth"), "cpu")
+
+
+def test_files_are_saved_whole_or_not_at_all(tmp_path):
+    """The file of an epoch before stays as it is if writing the next one fails."""
+    path = tmp_path / "epoch_1.pth"
+    backend = get_file_backend(str(path))
+    backend.put(b"whole", path)
+    assert path.read_bytes() == b"whole"
+    for write in (backend.put, backend.put_text):
+        with pytest.raises(TypeError):
+            write([], path)
+    assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]

@@ -5,6 +5,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -12,7 +14,7 @@ import zipfile
 import numpy
 import pytest
 import torch
-from fuzzing.mutations import CALLS, MARK, text
+from fuzzing.mutations import CALLS, MARK, NESTED, NUMBER, text
 
 from dinat_backbones.checkpoint import Inert, read
 
@@ -45,6 +47,18 @@ def test_calls(tmp_path, monkeypatch, name, wrapped):
         path.write_bytes(CALLS[name])
     refused(path)
     assert not (tmp_path / MARK).exists()
+
+
+@pytest.mark.parametrize("name", ["na\nme", "\x1b[2Jname", "name" * 1000])
+def test_names_do_nothing_to_a_terminal(tmp_path, name):
+    """What a file asks for is said in a line of printable characters."""
+    path = tmp_path / "file.pkl"
+    word = b"\x8d" + struct.pack("<Q", len(name)) + name.encode()
+    for content in (b"\x80\x04" + text("os") + word + b"\x93.", b"\x80\x04}" + word + text("a") + b"\x93" + b"s."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            read(path)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
 def test_attributes_of_what_is_read_stay_as_they_are(tmp_path):
@@ -141,6 +155,60 @@ def test_forged_lengths_and_doublings(tmp_path, name):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 * path.stat().st_size + (4 << 20), f"{peak} bytes"
+
+
+def call(module, name, *arguments):
+    return text(module) + text(name) + b"\x93(" + b"".join(arguments) + b"tR"
+
+
+def pid(*parts):
+    return b"(" + b"".join(parts) + b"tQ"
+
+
+STORAGE = b"ctorch\nFloatStorage\n"
+ENDLESS = {
+    "bytes of a number": call("builtins", "bytes", NUMBER),
+    "encoded number": call("_codecs", "encode", NUMBER),
+    "bytearray of a number": call("builtins", "bytearray", NUMBER),
+    "array of a number": call("numpy.core.multiarray", "scalar", call("numpy", "dtype", text("f4")), NUMBER),
+    "dtype": call("numpy", "dtype", NESTED),
+    "array of a nested dtype": call("numpy.core.numeric", "_frombuffer", text("abcd"), NESTED),
+    "sizes": call("torch._utils", "_rebuild_tensor_v2", pid(text("storage"), STORAGE, text("0"), text("cpu"), b"K\x04"),
+                  b"K\x00", NESTED, NESTED),
+    "metadata": call("torch._utils", "_rebuild_tensor_v2", pid(text("storage"), STORAGE, text("0"), text("cpu"),
+                     b"K\x04"), b"K\x00", b"K\x04\x85", b"K\x01\x85", b"\x89", b"N", NESTED),
+    "kind of a storage": pid(NESTED, STORAGE, text("0"), text("cpu"), b"K\x04"),
+    "key of a storage": pid(text("storage"), STORAGE, NESTED, text("cpu"), b"K\x04"),
+    "class of a tensor": call("torch._tensor", "_rebuild_from_type_v2", NESTED, NESTED, b")", b"N"),
+    "device": call("torch", "device", NESTED),
+    "shape": call("torch", "Size", NESTED),
+    "counter": call("collections", "Counter", NESTED),
+    "set": call("builtins", "set", NESTED),
+}  # fmt: skip
+
+
+READ_ALL = """
+import resource, signal, sys
+from dinat_backbones.checkpoint import backbone_state, read
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), -1))
+for path in sys.argv[1:]:
+    signal.alarm(20)
+    print(path, flush=True)
+    try:
+        backbone_state(read(path))
+    except ValueError as error:
+        assert len(str(error)) < 1000
+"""
+
+
+def test_values_that_must_not_be_walked_through(tmp_path):
+    """Printing or comparing a nested list takes forever, and so many bytes do not fit into memory."""
+    content = {name: b"\x80\x04}" + text("a") + part + b"s." for name, part in ENDLESS.items()}
+    paths = [write_zip(tmp_path / f"{name}.pth", content[name], [("0", bytes(16))]) for name in ENDLESS]
+    done = subprocess.run([sys.executable, "-c", READ_ALL, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout.splitlines()[-1]}: status {done.returncode}, {done.stderr[-1000:]}"
+    assert len(done.stdout.splitlines()) == len(ENDLESS)
 
 
 def test_zip_bombs(tmp_path):

@@ -1,9 +1,13 @@
 """Several processes on one machine's CPU, through tools/train.py as torchrun starts it."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +146,47 @@ def test_training_in_shards_is_resumed(folder):
     assert one["state_dict"].keys() == two["state_dict"].keys()
     assert_near(two["state_dict"].values(), one["state_dict"].values(), 1e-6)
     assert any((one["state_dict"][k] - value).any() for k, value in read(whole / "epoch_1.pth")["state_dict"].items())
+
+
+def children(pid):
+    """The processes that it started, by their numbers."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
+def test_processes_end_after_their_parent_was_killed(folder):
+    """torchrun alone gets the signal; nobody goes on to write into the folder."""
+    (folder / "endless.py").write_text(
+        "_base_ = ['config.py']\ntrain_cfg = dict(max_epochs=100000)\n"
+        "default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, max_keep_ckpts=1))\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(ROOT / "tools" / "train.py"), "endless.py", "--work-dir", "endless", "--launcher", "pytorch"]
+    variables = environment(folder, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    with open(folder / "endless.log", "w") as log:
+        parent = subprocess.Popen([*launch, *words], cwd=folder, env=variables, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 180
+        while not (folder / "endless" / "last_checkpoint").exists():
+            assert time.monotonic() < end and parent.poll() is None, (folder / "endless.log").read_text()[-2000:]
+            time.sleep(0.5)
+        workers = children(parent.pid)
+        assert len(workers) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    end = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        if time.monotonic() > end:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError("the processes went on for a minute")
+        time.sleep(0.5)
+    assert "is gone; ending" in (folder / "endless.log").read_text()

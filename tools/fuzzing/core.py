@@ -69,5 +69,7 @@ class Session:
         """The counts, in one line and one more for each note."""
         counts = ", ".join(f"{count} {word}" for word, count in sorted(self.outcomes.items()))
         last = self.seed + max(self.done, 1) - 1
-        words = f"{self.target}: {self.done} cases (seeds {self.seed} to {last}), {len(self.failures)} failures; {counts}"
+        words = (
+            f"{self.target}: {self.done} cases (seeds {self.seed} to {last}), {len(self.failures)} failures; {counts}"
+        )
         return "\n".join([words, *(f"    {note}" for note in self.notes)])

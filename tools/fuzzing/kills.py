@@ -26,7 +26,7 @@ import cv2
 import torch
 
 from dinat_backbones import cli
-from dinat_backbones.checkpoint import fetch, read
+from dinat_backbones.checkpoint import read
 
 from .core import Session
 
@@ -62,7 +62,9 @@ def weights_of(name: str) -> Callable[[Path], Any]:
     def result(folder: Path) -> Any:
         checkpoint = read(folder / name)
         state = checkpoint.get("state_dict", checkpoint)
-        return {key: value.contiguous().view(torch.uint8).numpy().tobytes() for key, value in state.items() if value.dim()}
+        return {
+            key: value.contiguous().view(torch.uint8).numpy().tobytes() for key, value in state.items() if value.dim()
+        }
 
     return result
 
@@ -129,7 +131,7 @@ def slow_server(content: bytes) -> str:
 def download(address: str) -> None:
     """Into the present folder."""
     torch.hub.set_dir(".")
-    shutil.copy(fetch(address), "downloaded.pth")
+    read(address)
 
 
 def prepare(folder: Path) -> dict[str, Command]:
@@ -151,9 +153,9 @@ def prepare(folder: Path) -> dict[str, Command]:
     small = DiNAT(embed_dim=8, depths=[1, 1], num_heads=[1, 2], kernel_size=3, dilations=[[2], [1]], mlp_ratio=2.0)
     exported = export.Exported(small.eval(), ("stage0", "stage1"))
 
-    def export_small() -> None:
+    def export_small(*words: str) -> None:
         export.build = lambda *arguments: exported  # of this process, which is a child
-        cli.main(["export", "dinat_mini", "--format", "pt2", "--size", "40x40", "--out", "out/model.pt2"])
+        cli.main(["export", "dinat_mini", "--format", "pt2", "--size", "40x40", "--out", "out/model.pt2", *words])
 
     def graph(folder: Path) -> list[torch.Tensor]:
         module = torch.export.load(folder / "out/model.pt2").module()
@@ -163,14 +165,17 @@ def prepare(folder: Path) -> dict[str, Command]:
     predict = "predict", images, "--config", config, "--checkpoint", model, "--out", "out", "--device", "cpu"
     convert = "convert", model, "out/target.pth", "--to", "imagenet"
     train = "train", config, "--work-dir", "out"
-    address = slow_server(os.urandom(8 << 20))
+    torch.save({"weight": torch.randn(2 << 20)}, folder / "large.pth")
+    address = slow_server((folder / "large.pth").read_bytes())
     return {
         "train": Command(dinat(*train), dinat(*train, "--resume"), weights_of("out/epoch_3.pth")),
         "test": Command(*[dinat("test", config, model, "--work-dir", "out")] * 2, metrics_of),
         "predict": Command(dinat(*predict), dinat(*predict), files_of),
         "convert": Command(dinat(*convert), dinat(*convert, "--force"), weights_of("out/target.pth")),
-        "export": Command(export_small, export_small, graph),
-        "shapes": Command(*[dinat("shapes", "out", "--train", 20, "--val", 5, "--size", 64, "--replace")] * 2, files_of),
+        "export": Command(export_small, functools.partial(export_small, "--force"), graph),
+        "shapes": Command(
+            *[dinat("shapes", "out", "--train", 20, "--val", 5, "--size", 64, "--replace")] * 2, files_of
+        ),
         "download": Command(*[functools.partial(download, address)] * 2, files_of),
     }
 

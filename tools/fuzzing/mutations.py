@@ -35,11 +35,20 @@ CALLS = {
     "extension": b"\x80\x02\x82\x01.",
 }
 
+# What is harmless until someone prints, compares or converts it: a list of ten times the list before, 30 deep, and a
+# number that is the length of something.
+NESTED = b"]q\xc8" + b"".join(b"0](" + bytes([104, 200 + n]) * 10 + bytes([101, 113, 201 + n]) for n in range(30))
+NUMBER = b"\x8a\x05" + (1 << 36).to_bytes(5, "little")
+PARTS = [NESTED, NUMBER, b"\xff" * 8, b"\x80\x04", b"(", b"R", b"b", b"s", b"\x85", b"\x85R", b"0"]
+
 
 def samples() -> list[bytes]:
     """Good files of every format."""
     arrays = {"a.weight": numpy.arange(12.0).reshape(3, 4), "b": numpy.float32(1), "c": numpy.ones((2, 2), order="F")}
-    state = {"state_dict": {"a.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "b": torch.arange(5)}, "meta": {"epoch": 3, "best": arrays}}
+    state = {
+        "state_dict": {"a.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "b": torch.arange(5)},
+        "meta": {"epoch": 3, "best": arrays},
+    }
     files = [pickle.dumps({"model": arrays}, protocol) for protocol in (0, 2, 4, 5)]
     for zipped in (True, False):
         torch.save(state, buffer := io.BytesIO(), _use_new_zipfile_serialization=zipped)
@@ -53,7 +62,9 @@ def safetensors_sample() -> bytes:
     """The same in the format of safetensors, which has to be installed."""
     from safetensors.torch import save
 
-    return save({"a.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "b": torch.arange(5)}, {"openmmlab_meta": '{"epoch": 3}'})
+    return save(
+        {"a.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "b": torch.arange(5)}, {"openmmlab_meta": '{"epoch": 3}'}
+    )
 
 
 def mutate(original: bytes, rng: random.Random) -> bytes:
@@ -61,7 +72,7 @@ def mutate(original: bytes, rng: random.Random) -> bytes:
     content = bytearray(original)
     for _ in range(rng.choice([1, 1, 2, 4, 16])):
         at = rng.randrange(len(content))
-        change = rng.randrange(6)
+        change = rng.randrange(7)
         if change == 0:
             content[at] = rng.randrange(256)
         elif change == 1:
@@ -69,8 +80,12 @@ def mutate(original: bytes, rng: random.Random) -> bytes:
         elif change == 2:
             del content[at : at + rng.choice([1, 4, 64])]
         elif change == 3:
-            content[at:at] = rng.choice([*CALLS.values(), b"\xff" * 8, b"\x80\x04", b"(", b"R", b"b", b"s"])
-        elif change == 4:
+            content[at:at] = rng.choice([*CALLS.values(), *PARTS])
+        elif change == 4 and len(content) > 2:  # some value for another: in front of an opcode that takes one or two
+            ends = [i for i, byte in enumerate(content) if byte in b"tRbQ\x85\x86"]
+            at = rng.choice(ends or [at])
+            content[at:at] = b"0" * rng.randrange(2) + rng.choice([NESTED, NUMBER])
+        elif change == 5:
             source = rng.randrange(len(content))
             content[at : at + 16] = content[source : source + 16]
         else:

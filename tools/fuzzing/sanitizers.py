@@ -34,7 +34,10 @@ def build(name: str, folder: Path) -> Path:
     if compiler is None:
         raise RuntimeError("the sanitizers need a C++ compiler: install g++, or name one in CXX")
     flags = [*FLAGS[name], "-g"]
-    variables = {name: " ".join(flags) for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")} | {"CC": compiler, "CXX": compiler}
+    variables = {name: " ".join(flags) for name in ("CFLAGS", "CXXFLAGS", "LDFLAGS")} | {
+        "CC": compiler,
+        "CXX": compiler,
+    }
     words = [sys.executable, "setup.py", "build_ext", "--force", "--build-lib", folder, "--build-temp", folder / "temp"]
     _run(words, cwd=ROOT, env=os.environ | variables)
     (library,) = folder.rglob("_na2d.so")

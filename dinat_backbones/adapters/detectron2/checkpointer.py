@@ -11,6 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from ... import backbone, zoo
 from ...checkpoint import fetch, load_backbone, read
 from ...checkpoint.loading import tensors, unwrap
+from ...cli.common import atomic_write
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -42,6 +43,18 @@ class Checkpointer(DetectionCheckpointer):
         elif path and not scheme and not Path(path).is_file():
             raise FileNotFoundError(f"checkpoint {path} is not there{_published_address(Path(path))}")
         return super().load(path, *args, **kwargs)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As `DetectionCheckpointer.save`; a process that is killed meanwhile leaves no half file under the name."""
+        if not self.save_dir or not self.save_to_disk or "://" in self.save_dir:
+            super().save(name, **kwargs)
+            return
+        file = Path(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {file}")
+        parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        with atomic_write(file) as partial:
+            torch.save({"model": self.model.state_dict(), **parts, **kwargs}, partial)
+        self.tag_last_checkpoint(file.name)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         checkpoint = read(filename, allow_pickle=self.allow_pickle)

@@ -1,18 +1,21 @@
 """Files that mmengine loads (`load_from`, `--resume`, `init_cfg` of any module) pass the reader of `checkpoint`, which
-runs nothing that they bring."""
+runs nothing that they bring. Files that it saves are whole or absent."""
 
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.fileio import LocalBackend, io, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, runner
 
 from ...backbone import BackboneBase
 from ...checkpoint import Inert, huggingface, read
 from ...checkpoint.loading import tensors
+from ...cli.common import atomic_write
 
 
 def load(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -46,9 +49,23 @@ def _number(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value
 
 
+class AtomicLocalBackend(LocalBackend):
+    """Local files, of which a process that is killed while it writes leaves no halves under their names."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        with atomic_write(Path(filepath)) as partial:
+            super().put(obj, partial)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
+        with atomic_write(Path(filepath)) as partial:
+            super().put_text(obj, partial, encoding)
+
+
 def register() -> None:
     """For local files and addresses; mmengine's other schemes (open-mmlab://, s3://, ...) stay its own."""
     CheckpointLoader.register_scheme(prefixes=("", "http://", "https://"), loader=load, force=True)
+    register_backend("local", AtomicLocalBackend, force=True, prefixes="")
+    io.backend_instances.clear()  # those that are there already
 
 
 def refuse_backbones_alone() -> None:
