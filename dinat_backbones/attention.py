@@ -140,7 +140,8 @@ class NeighborhoodAttention2D(_Attention2D):
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One tensor ``[B, H, W, 3, heads, head_dim]``; three, where a subclass has three projections."""
         qkv: torch.Tensor = self.qkv(x)
-        return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        packed: torch.Tensor = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        return packed
 
     def extra_repr(self) -> str:
         return (
