@@ -50,32 +50,6 @@ def test_transformers_own_config_gets_our_backbone():
         assert type(transformers.AutoModel.from_config(theirs)) is huggingface.DinatModel
 
 
-@pytest.mark.parametrize("out_features", [["stage1"], ["stem", "stage2"], ["stem"]], ids=str)
-def test_backbones_without_their_last_stages(tmp_path, out_features):
-    """Every parameter has a gradient, and a whole checkpoint is loaded without a word on the rest of it."""
-    shape = dict(SHAPE, depths=[1, 1, 1], num_heads=[1, 2, 4], dilations=[[1], [2], [1]])
-    whole = huggingface.DinatModel(huggingface.DinatConfig(**shape)).eval()
-    whole.save_pretrained(tmp_path)
-    model, report = huggingface.DinatBackbone.from_pretrained(
-        tmp_path, out_features=out_features, output_loading_info=True
-    )
-    unexpected = {name for name in report["unexpected_keys"] if "layernorm." not in name}
-    assert not unexpected and all("hidden_states_norms" in name for name in report["missing_keys"])
-    image = torch.randn(1, 3, 40, 40)
-    everything = huggingface.DinatBackbone(huggingface.DinatConfig(**shape, out_features=out_features)).eval()
-    everything.load_state_dict(model.state_dict())
-    maps = model(image).feature_maps
-    assert [m.shape[1] for m in maps] == model.channels
-    with torch.no_grad():
-        states = whole.encoder(whole.embeddings(image))[1]
-        for name, features in zip(out_features, maps, strict=True):
-            state = states[["stem", "stage1", "stage2", "stage3"].index(name)]
-            expected = model.hidden_states_norms[name](state).permute(0, 3, 1, 2)
-            assert torch.allclose(features, expected, atol=1e-6)
-    sum(m.sum() for m in maps).backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
 @pytest.mark.parametrize("with_timm", [True, False])
 def test_names_of_imagenet(with_timm):
     """Those that timm ships; numbers without it."""

@@ -194,9 +194,9 @@ class NatStage(Stage):
 
 
 class NatEncoder(nn.Module):
-    """The first `stages` stages, all by default."""
+    """All stages."""
 
-    def __init__(self, config: NatConfig, stages: int | None = None):
+    def __init__(self, config: NatConfig):
         super().__init__()
         dilations: Any = [[1] * depth for depth in config.depths]
         if config.model_type == "dinat":
@@ -204,11 +204,10 @@ class NatEncoder(nn.Module):
         BackboneBase.check_arguments(config.depths, config.num_heads, dilations, -1)
         drop_path = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.levels = nn.ModuleList()
-        stages = len(config.depths) if stages is None else stages
-        for i, (heads, stage) in enumerate(zip(config.num_heads[:stages], dilations[:stages], strict=True)):
+        for i, (heads, stage) in enumerate(zip(config.num_heads, dilations, strict=True)):
             dim = config.embed_dim * 2**i
             layers = [NatLayer(config, dim, heads, dilation, next(drop_path)) for dilation in stage]
-            downsample = ConvDownsampler(dim, nn.LayerNorm) if i + 1 < stages else None
+            downsample = ConvDownsampler(dim, nn.LayerNorm) if i + 1 < len(config.depths) else None
             self.levels.append(NatStage(layers, downsample))
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):

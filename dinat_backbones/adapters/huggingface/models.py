@@ -205,19 +205,12 @@ class NatForImageClassification(NatPreTrainedModel):
 
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
     """Feature maps ``[B, C_i, H_i, W_i]`` of `config.out_features`, each with a norm of its own, for detection and
-    segmentation models; `channels` has the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32. Stages after the
-    last one of `out_features` are neither built nor computed, nor among the `hidden_states`."""
+    segmentation models; `channels` has the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32."""
 
     def __init__(self, config: NatConfig):
         super().__init__(config)
         self.embeddings = NatEmbeddings(config)
-        stages = max(self.stage_names.index(name) for name in self.out_features)
-        self.encoder = NatEncoder(config, stages)
-        left_out = "|".join(map(str, range(stages, len(config.depths)))) or "none"
-        self._keys_to_ignore_on_load_unexpected = [  # of a whole checkpoint
-            rf"encoder\.levels\.({left_out})\.",
-            *([rf"encoder\.levels\.{stages - 1}\.downsample\."] if stages < len(config.depths) else []),
-        ]
+        self.encoder = NatEncoder(config)
         self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]
         norms = zip(self.out_features, self.channels, strict=True)
         self.hidden_states_norms = nn.ModuleDict({stage: nn.LayerNorm(channels) for stage, channels in norms})
@@ -237,7 +230,7 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
             output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
         _, states, weights = self.encoder(self.embeddings(pixel_values), attentions)
-        maps = zip(self.stage_names, states, strict=False)
+        maps = zip(self.stage_names, states, strict=True)
         return BackboneOutput(
             feature_maps=tuple(
                 self.hidden_states_norms[stage](state).permute(0, 3, 1, 2).contiguous()
