@@ -65,8 +65,8 @@ class AttentionMap:
 
 @contextmanager
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionMap]]:
-    """Inside, every call of the model adds the `AttentionMap` of each block to the list. It computes what it did, but the
-    attention in plain PyTorch, which takes time and memory for the weights.
+    """Inside, every call of the model adds the `AttentionMap` of each block to the list. It computes what it did, but
+    the attention in plain PyTorch, which takes time and memory for the weights.
 
     Raises:
         ValueError: the model has no neighborhood attention.

@@ -144,7 +144,7 @@ def draw(attended: Attended, point: tuple[float, float]) -> tuple[Any, list[str]
             pen.text((corner[0], corner[1] - LABEL), f"{block.name}, dilation {block.dilation}", fill="black")
             y, x = np.unravel_index(dense.argmax(), dense.shape)
             lines.append(
-                f"{block.name}: {block.kernel_size} x {block.kernel_size} keys, {block.dilation * stride} pixels apart; "
-                f"{dense.max():.1%} at {x * stride},{y * stride}"
+                f"{block.name}: {block.kernel_size} x {block.kernel_size} keys, {block.dilation * stride} pixels apart;"
+                f" {dense.max():.1%} at {x * stride},{y * stride}"
             )
     return canvas, lines

@@ -80,8 +80,8 @@ def _check_slide(cfg: Any) -> None:
 def _end_with(parent: int) -> None:
     """End this process soon after its parent has gone.
 
-    Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that has
-    been resumed meanwhile.
+    Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that
+    has been resumed meanwhile.
     """
 
     def watch() -> None:

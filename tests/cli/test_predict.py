@@ -224,3 +224,20 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tmp_path, images, monkeypa
         predict.main()
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_attention_of_a_detector_is_drawn(tmp_path, images, capsys):
+    """At the pixel of the file, which the model sees enlarged."""
+    from dinat_backbones.cli import attend
+
+    config, checkpoint = saved_model(tmp_path, "panoptic")
+    words = [str(images / "a.jpg"), "--config", config, "--checkpoint", checkpoint, "--device", "cpu"]
+    attend.main([*words, "--at", "48,24", "--out", str(tmp_path / "out.png")])
+    lines = capsys.readouterr().out.splitlines()
+    blocks = [line for line in lines if "keys" in line]
+    assert [line.split(",")[1].split(";")[0] for line in blocks] == [f" {2**i} pixels apart" for i in (2, 3, 4, 5)]
+    drawing = pixels(tmp_path / "out.png")
+    green = np.argwhere((drawing == (0, 255, 0)).all(-1) & (np.arange(len(drawing)) < 6 + 14 + 240)[:, None])
+    assert np.abs(green.mean(0) - (20 + 240 * 24 / 96, 6 + 240 * 48 / 96)).max() < 5
+    with pytest.raises(SystemExit, match="has 96 x 96 pixels"):
+        attend.main([*words, "--at", "96,0", "--out", str(tmp_path / "out.png")])

@@ -22,6 +22,7 @@ PYTHON_PAGES = [page for page in PAGES if blocks(page, "python")]
 NEEDS = {
     "README.md": ["mmdet"],
     "docs/any_model.md": ["mmdet"],
+    "docs/frameworks/torchvision.md": ["torchvision"],
     "docs/frameworks/mmdetection.md": ["mmdet"],
     "docs/frameworks/mmsegmentation.md": ["mmseg", "mmdet"],
     "docs/frameworks/detectron2.md": ["detectron2"],

@@ -50,8 +50,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 name = names[id(parameter)]
                 settings = {key: value for key, value in group.items() if key != "params"}
                 settings["lr_scale"] = scales[name]
-                rate_of_group: Any = settings.get("lr", self.base_lr)
-                settings["lr"] = rate_of_group * scales[name]
+                base_lr: Any = settings.get("lr", self.base_lr)
+                settings["lr"] = base_lr * scales[name]
                 if not has_weight_decay(name, parameter):
                     settings["weight_decay"] = 0.0
                 found = merged.setdefault(repr(sorted(settings.items())), dict(params=[], param_names=[], **settings))

@@ -147,7 +147,7 @@ def _arguments(cfg: Config, named: zoo.Arch, dilations: Any, checkpoint: str | N
     in_chans = len(channels) if channels is not None and len(channels) > 3 else 3
     if in_chans != 3:
         arguments["in_chans"] = in_chans
-    if checkpoint is None and in_chans == 3:
+    if checkpoint is None:  # RGB weights adapt to other channels
         checkpoint = published.init_cfg.checkpoint
     if checkpoint not in (None, "none"):
         arguments["init_cfg"] = dict(type="Pretrained", checkpoint=checkpoint)
