@@ -52,8 +52,8 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
 def _end_with(parent: int) -> None:
     """End this process soon after its parent has gone.
 
-    Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that has
-    been resumed meanwhile.
+    Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that
+    has been resumed meanwhile.
     """
 
     def watch() -> None:
