@@ -32,7 +32,7 @@ import torchvision
 from benchmarks import backbones, baselines, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
-from dinat_backbones.cli.common import atomic_write
+from dinat_backbones.files import atomic_write
 from dinat_backbones.ops import BACKENDS
 
 

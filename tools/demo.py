@@ -26,8 +26,9 @@ import numpy as np
 from demo_frameworks import Detectron2, Framework, OpenMMLab, Segment
 from pycocotools import mask as coco_mask
 
-from dinat_backbones.cli.common import atomic_write, print_progress
+from dinat_backbones.cli.common import print_progress
 from dinat_backbones.cli.shapes import CLASSES, FORMAT, make_shapes
+from dinat_backbones.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("work_dirs/demo")

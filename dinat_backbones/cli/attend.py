@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .common import UnreadableImageError, atomic_write, stop
+from ..files import atomic_write
+from .common import UnreadableImageError, stop
 
 PANEL = 240  # width of a panel in pixels
 GAP, LABEL = 6, 14

@@ -1,10 +1,8 @@
-"""What several commands share: messages, progress, files that are complete or absent, configs and where they are."""
+"""What several commands share: messages, progress, configs and where they are."""
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,19 +51,6 @@ def parallel_map(
         if pool:
             pool.shutdown(cancel_futures=True)
     return results
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, with the suffix of `path`; it replaces `path` when the block ends without an
-    error and is removed otherwise. Missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def resolve_config(name: str) -> Path:

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import atomic_write, load_config, resolve_config, stop
+from ..files import atomic_write
+from .common import load_config, resolve_config, stop
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,7 +22,8 @@ import torch
 
 from ..checkpoint import LAYOUTS, convert, read
 from ..checkpoint.reading import META
-from .common import atomic_write, stop
+from ..files import atomic_write
+from .common import stop
 
 SUFFIXES = (".pth", ".pt", ".safetensors", ".pkl")
 

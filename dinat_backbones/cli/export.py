@@ -34,7 +34,8 @@ import dinat_backbones
 from .. import zoo
 from ..checkpoint import read
 from ..checkpoint.loading import bare_state
-from .common import atomic_write, load_config, stop
+from ..files import atomic_write
+from .common import load_config, stop
 
 TOLERANCE = 1e-4
 OPSET = 18

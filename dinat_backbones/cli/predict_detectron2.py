@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .common import UnreadableImageError, atomic_write
+from ..files import atomic_write
+from .common import UnreadableImageError
 from .predict import Predictor, count_labels
 
 RESULTS = {"panoptic": "panoptic_seg", "instance": "instances", "semantic": "sem_seg"}  # the name in a model's output

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .common import UnreadableImageError, atomic_write, load_config
+from ..files import atomic_write
+from .common import UnreadableImageError, load_config
 from .predict import Predictor, count_labels
 
 MAPS = ("pred_panoptic_seg", "pred_sem_seg")  # fields of a data sample

@@ -30,8 +30,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ..files import atomic_write
 from ..zoo import ade20k
-from .common import atomic_write, parallel_map, stop
+from .common import parallel_map, stop
 
 UNLABELLED = 255
 DATASETS = ("coco", "ade20k", "cityscapes")

@@ -36,7 +36,8 @@ from torchvision import datasets, transforms
 from .. import create_classifier, list_models, zoo
 from ..checkpoint import load_classifier
 from ..classifier import ROWS
-from .common import atomic_write, stop
+from ..files import atomic_write
+from .common import stop
 
 TOLERANCE = 0.1  # percent; published figures have one decimal
 REPORT_SECONDS = 10.0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dinat_backbones.cli.common import atomic_write
+from dinat_backbones.files import atomic_write
 
 
 def draw(curves: list[dict], path: Path) -> str:

@@ -11,7 +11,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from ... import backbone, zoo
 from ...checkpoint import fetch, load_backbone, read
 from ...checkpoint.loading import tensors, unwrap
-from ...cli.common import atomic_write
+from ...files import atomic_write
 
 
 class Checkpointer(DetectionCheckpointer):

@@ -15,7 +15,7 @@ from mmengine.runner import CheckpointLoader, runner
 from ...backbone import BackboneBase
 from ...checkpoint import Inert, huggingface, read
 from ...checkpoint.loading import tensors
-from ...cli.common import atomic_write
+from ...files import atomic_write
 
 
 def load(filename: str, map_location: Any = None) -> dict[str, Any]:
