@@ -16,6 +16,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, Sequential
 from mmengine.registry import MODELS, DefaultScope
 
+from dinat_backbones import zoo
 from dinat_backbones.adapters import openmmlab
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
@@ -83,7 +84,7 @@ def test_init_weights_loads_the_checkpoint(file, how, inside):
 
 def test_published_checkpoints_go_by_their_names(monkeypatch, file):
     path, state = file
-    monkeypatch.setitem(openmmlab.zoo.PRETRAINED, "dinat_mini", path)
+    monkeypatch.setitem(zoo.PRETRAINED, "dinat_mini", path)
     for arguments in (dict(pretrained="dinat_mini"), dict(init_cfg=dict(type="Pretrained", checkpoint="dinat_mini"))):
         model = build(**arguments)
         model.init_weights()

@@ -66,7 +66,7 @@ def test_scripts_of_a_checkout_start_the_commands(monkeypatch):
         assert text.endswith(f'from command import run\n\nif __name__ == "__main__":\n    run("{name}")\n')
         command.run(name)
     assert started == list(SCRIPTS.values())
-    assert {*SCRIPTS.values(), "info", "config"} == {*cli.COMMANDS}
+    assert {*SCRIPTS.values(), "attend", "info", "config"} == {*cli.COMMANDS}
 
 
 def test_scripts_say_how_to_install_the_package(monkeypatch):
