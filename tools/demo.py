@@ -68,7 +68,7 @@ BOXES_AND_MASKS = {
     "coco/bbox_mAP": "box AP",
 }
 DEMOS = {
-    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
+    "mask-rcnn": Demo("Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.70, 160, 1000),
     "cascade-mask-rcnn": Demo("Cascade Mask R-CNN with DiNAT", BOXES_AND_MASKS, 0.60, 160, 1000),
     "upernet": Demo(
         "UPerNet with DiNAT",

@@ -7,7 +7,7 @@ _base_ = [
     "_base_/dinat_shapes.py",
 ]
 
-epochs = 3
+epochs = 4
 width = 64  # channels of the FPN and the heads
 levels = dict(out_channels=width, featmap_strides=[8, 16, 32], finest_scale=56)
 classes = _base_.things
