@@ -13,6 +13,7 @@ Works with Detectron2 built from source on a current torch, and with the wheel t
     backbone.py             the backbones and pyramids
     config.py               `MODEL.DINAT`; `with_backbone`, for any config
     checkpointer.py         `Checkpointer`
+    data_checks.py          what a config expects of its data sets, checked before training
     maskformer_compat.py    Mask2Former: `get_config`, and what differs between its releases; needs Mask2Former
     trainer.py              Mask2Former's optimizer, data mappers and evaluators; needs Mask2Former
     resumable_loader.py     training data and random numbers as functions of the seed and the step
