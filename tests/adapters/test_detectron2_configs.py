@@ -22,6 +22,7 @@ from detectron2.utils.events import EventStorage
 
 import dinat_backbones
 from dinat_backbones.adapters import detectron2 as adapter
+from dinat_backbones.cli import convert
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, drop_path_rate=0.0)
 DILATIONS = [[2], [2], [1, 3], [1]]
@@ -294,6 +295,21 @@ def test_files_that_detectron2s_checkpointer_cannot_place_are_an_error(tmp_path,
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.bottom_up.state_dict().items())
     torch.save(detector.state_dict(), tmp_path / "whole.pth")
     DetectionCheckpointer(detector).load(str(tmp_path / "whole.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_plain_names_load_by_detectron2s_checkpointer(tmp_path, prefix):
+    """As the error says, and for `train.init_checkpoint` of a LazyConfig."""
+    source = dinat_backbones.DiNAT(**SMALL, mlp_ratio=2.0, dilations=DILATIONS)
+    torch.save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "file.pth")
+    if prefix:
+        convert.main([str(tmp_path / "file.pth"), str(tmp_path / "plain.pth"), "--to", "imagenet"])
+    file = tmp_path / ("plain.pth" if prefix else "file.pth")
+    detector = torch.nn.ModuleDict({"backbone": build_backbone(dinat_config(dilations=DILATIONS))})
+    DetectionCheckpointer(detector).load(f"{file}?matching_heuristics=True")
+    found = detector["backbone"].bottom_up.state_dict()
+    different = [name for name, value in source.state_dict().items() if not torch.equal(value, found[name])]
+    assert not different
 
 
 def test_heads_alone_are_loaded_as_before(tmp_path):

@@ -11,8 +11,10 @@ from PIL import Image
 from small_mask2former import DEMO, TINY, get_config
 
 # isort: split
+from detectron2 import model_zoo
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from dinat_backbones.adapters.detectron2 import with_backbone
 from dinat_backbones.adapters.detectron2.data_checks import check_classes, check_registered, name_classes
 from dinat_backbones.adapters.detectron2.trainer import Trainer
 from dinat_backbones.cli import predict, train_detectron2
@@ -77,6 +79,20 @@ def test_train_evaluate_and_predict(own_data, capsys):
     predict.main(list(map(str, arguments)))
     out = capsys.readouterr().out
     assert "[2/2] 2.png" in out and (" cat" in out or " dog" in out)
+
+
+def test_a_config_of_the_model_zoo(own_data):
+    """Written to a file as the documentation says, from weights of a backbone."""
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    (own_data / "retinanet.yaml").write_text(with_backbone(cfg, "dinat_mini", checkpoint="none").dump())
+    options = ["INPUT.DATASET_MAPPER_NAME", "detectron2", "MODEL.RETINANET.NUM_CLASSES", 2]
+    arguments = words(own_data / "run", *options, test="()")
+    arguments[1] = str(own_data / "retinanet.yaml")
+    train_detectron2.main(["--import", "own_data", *arguments])
+    state = torch.load(own_data / "run" / "model_final.pth")["model"]
+    assert state["backbone.bottom_up.levels.3.blocks.0.attn.rpb"].shape == (8, 5, 5)
+    assert {"backbone.top_block.p7.weight", "backbone.bottom_up.norm1.weight"} <= state.keys()
+    assert "backbone.bottom_up.norm0.weight" not in state  # RetinaNet reads res3 to res5
 
 
 def test_what_does_not_fit_stops_before_training(own_data, tmp_path, monkeypatch):

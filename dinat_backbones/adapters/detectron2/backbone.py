@@ -89,8 +89,8 @@ class _Detectron2Backbone(_WithFeatureShapes):
             raise ValueError(
                 f"the checkpoint has the backbone's tensors under other names ({others[0]}; this model has "
                 f"{prefix}{others[0][others[0].index('patch_embed') :]}): load it by "
-                "dinat_backbones.adapters.detectron2.Checkpointer in place of DetectionCheckpointer (`dinat train` "
-                "does), or make a file for DetectionCheckpointer: dinat convert FILE FILE.pkl --to detectron2"
+                "dinat_backbones.adapters.detectron2.Checkpointer (`dinat train` does); DetectionCheckpointer loads "
+                "FILE.pth?matching_heuristics=True, if its names have no prefix (dinat convert --to imagenet)"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *args)  # type: ignore[misc]
 
