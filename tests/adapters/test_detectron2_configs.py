@@ -141,7 +141,13 @@ def test_settings_of_with_backbone():
     cfg = adapter.with_backbone(cfg, "nat_mini", checkpoint="file.pth")  # in place of ours, too
     assert cfg.MODEL.BACKBONE.NAME == "build_nat_retinanet_fpn_backbone" and cfg.MODEL.WEIGHTS == "file.pth"
     assert cfg.MODEL.DINAT.DILATIONS is None
-    with pytest.raises(ValueError, match="mask2former"):
+    before = dinat_config(layer_scale=1e-5)
+    before.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg = adapter.with_backbone(before, "dinat_mini", dilations="mask2former")
+    with torch.device("meta"):
+        found, expected = build_backbone(cfg).bottom_up, dinat_backbones.DiNAT("dinat_mini", dilations="mask2former")
+    assert {n: v.shape for n, v in found.state_dict().items()} == {n: v.shape for n, v in expected.state_dict().items()}
+    with pytest.raises(ValueError, match="mask2former.* was never published for DiNAT_s"):
         adapter.with_backbone(before, "dinat_s_tiny", dilations="mask2former")
 
 

@@ -82,9 +82,10 @@ def test_train_evaluate_and_predict(own_data, capsys):
 
 
 def test_a_config_of_the_model_zoo(own_data):
-    """Written to a file as the documentation says, from weights of a backbone."""
+    """Written to a file, as the documentation says."""
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-    (own_data / "retinanet.yaml").write_text(with_backbone(cfg, "dinat_mini", checkpoint="none").dump())
+    cfg = with_backbone(cfg, "dinat_mini", dilations=[[1]] * 4, checkpoint="none")
+    (own_data / "retinanet.yaml").write_text(cfg.dump())
     options = ["INPUT.DATASET_MAPPER_NAME", "detectron2", "MODEL.RETINANET.NUM_CLASSES", 2]
     arguments = words(own_data / "run", *options, test="()")
     arguments[1] = str(own_data / "retinanet.yaml")

@@ -1,5 +1,6 @@
 """`MODEL.DINAT` in configs, the settings that its weights need beside it, and any config with its backbone replaced."""
 
+import copy
 import logging
 from typing import Any
 
@@ -25,8 +26,6 @@ PUBLISHED_DEFAULTS: dict[str, Any] = dict(
 # Keys that the published code lacks; with these defaults they change nothing.
 FURTHER_DEFAULTS: dict[str, Any] = dict(ARCH=None, LAYER_SCALE=None, FROZEN_STAGES=-1, WITH_CP=False)
 KEYS_OF_ARCH = ("EMBED_DIM", "DEPTHS", "NUM_HEADS", "KERNEL_SIZE", "MLP_RATIO")
-
-_FAMILIES = {"NAT": "nat", "DiNAT": "dinat", "DiNAT_s": "dinat_s"}
 
 
 def add_dinat_config(cfg: CfgNode) -> None:
@@ -122,6 +121,8 @@ def with_backbone(
         dilations = "coco"
     if isinstance(dilations, str):
         zoo.dilations(named.name, dilations)  # raises for unknown settings
+    for key in (*KEYS_OF_ARCH, "LAYER_SCALE"):  # of another architecture, if it had one of ours
+        cfg.MODEL.DINAT[key] = copy.deepcopy((PUBLISHED_DEFAULTS | FURTHER_DEFAULTS)[key])
     cfg.MODEL.DINAT.ARCH, cfg.MODEL.DINAT.DILATIONS = named.name, dilations
     cfg.MODEL.DINAT.DROP_PATH_RATE = drop_path_rate
     cfg.MODEL.DINAT.OUT_FEATURES = list(cfg.MODEL.RESNETS.OUT_FEATURES)  # read without a pyramid
@@ -143,4 +144,4 @@ def _builder(cfg: CfgNode, family: str) -> str:
         )
     if "fpn" not in old:
         return f"D2{family}"
-    return f"build_{_FAMILIES[family]}_{'retinanet_' if 'retinanet' in old else ''}fpn_backbone"
+    return f"build_{family.lower()}_{'retinanet_' if 'retinanet' in old else ''}fpn_backbone"
