@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,19 @@ class UnreadableImageError(Exception):
 def stop(message: str) -> NoReturn:
     """End the process with status 1 and one sentence that begins with the command's name."""
     sys.exit(f"{sys.argv[0]}: {message}")
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules by name, such as those that register data sets; ValueError where there is none."""
+    for name in names:
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # something that it needs
+            raise ValueError(
+                f"--import {name}: no such module; PYTHONPATH=FOLDER in front of the command names where {name} is"
+            ) from error
 
 
 def print_progress(line: str) -> None:

@@ -2,11 +2,12 @@
 
     dinat predict IMAGE|FOLDER --config CONFIG --checkpoint CHECKPOINT --out FOLDER
                   [--score 0.3] [--task panoptic|instance|semantic] [--device cuda|cpu|...] [--force]
-                  [--backbone ARCH] [--dilations SETTING]
+                  [--backbone ARCH] [--dilations SETTING] [--import MODULE]
 
 CONFIG is a Python file of mmdet or mmseg, or a YAML file of Detectron2. Draws instances with boxes and masks, panoptic
 or semantic maps, whatever the model predicts; --task chooses one of Mask2Former in Detectron2, by default the first
-that the config turns on. Images keep their names, and their places below FOLDER; of a GIF the
+that the config turns on, and --import names a module that registers its data sets, which have the names of the classes
+(without names they are numbered). Images keep their names, and their places below FOLDER; of a GIF the
 first frame is drawn, as NAME.gif.png. Images that the out folder already
 has are skipped without --force, so that an interrupted run continues where it stopped. An image that cannot be read is
 reported, and the others are done.
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .common import UnreadableImageError, stop
+from .common import UnreadableImageError, import_modules, stop
 from .config import add_backbone_options, with_backbone_written
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=TASKS, help="which result of Mask2Former in Detectron2 to draw")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--force", action="store_true", help="draw again what is in the out folder")
+    parser.add_argument(
+        "--import", dest="imports", action="append", default=[], metavar="MODULE", help="registers data sets (.yaml)"
+    )
     add_backbone_options(parser)
     args = parser.parse_args(arguments)
     if args.backbone or "::" in args.config:
@@ -58,7 +62,10 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     if Path(args.config).suffix in (".yaml", ".yml"):
         from . import predict_detectron2
 
+        import_modules(args.imports)
         return predict_detectron2.load_predictor(args.config, args.checkpoint, args.device, args.score, args.task)
+    if args.imports:
+        raise ValueError(f"--import is for YAML configs of Detectron2; {args.config} has custom_imports for that")
     if args.task:
         raise ValueError(f"--task {args.task} is for YAML configs of Detectron2; {args.config} has one task")
     from . import predict_openmmlab

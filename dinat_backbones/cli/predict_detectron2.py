@@ -35,10 +35,10 @@ def load_model(
     # isort: split
     import detectron2.data.transforms as T
     import torch
-    from detectron2.data import MetadataCatalog
     from detectron2.modeling import build_model
 
     from ..adapters.detectron2 import shapes_datasets  # noqa: F401  # their names and colours
+    from ..adapters.detectron2.data_checks import name_classes
     from ..checkpoint import load_model
 
     cfg = get_config(config)
@@ -61,7 +61,7 @@ def load_model(
         with torch.no_grad():
             return model([dict(image=tensor, height=height, width=width)])[0]
 
-    return MetadataCatalog.get(cfg.DATASETS.TEST[0]), infer
+    return name_classes(cfg), infer
 
 
 def load_predictor(

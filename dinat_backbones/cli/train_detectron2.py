@@ -3,8 +3,11 @@
     dinat train --config-file CONFIG.yaml --num-gpus 8 [--resume] [KEY VALUE ...]
     dinat train --config-file CONFIG.yaml --eval-only MODEL.WEIGHTS FILE [TEST.AUG.ENABLED True]
     python mask2former/train_net.py --config-file CONFIG.yaml ...                                # from a checkout
+    PYTHONPATH=. dinat train --config-file CONFIG.yaml --import my_data                          # data of one's own
 
-Data is looked for in $DETECTRON2_DATASETS (./datasets by default). Several machines: --num-machines, --machine-rank and
+Data is looked for in $DETECTRON2_DATASETS (./datasets by default); --import names a module that registers further data
+sets. Before training, the model's number of classes is compared with the data's, and evaluation's metadata are checked.
+--eval-only needs weights of the whole model. Several machines: --num-machines, --machine-rank and
 --dist-url. `--num-gpus 0` runs on the CPU; on a machine without GPUs, --num-gpus is the number of processes (gloo).
 Evaluation also writes its figures to OUTPUT_DIR/inference/results.json. TEST.AUG.ENABLED adds an evaluation of the
 semantic result over several scales and flips. With SEED set, a run that was killed and resumed ends with the same
@@ -13,6 +16,7 @@ weights as an uninterrupted one.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +32,10 @@ from ..adapters.detectron2 import (
     Checkpointer,
     shapes_datasets,  # noqa: F401  # registers them
 )
+from ..adapters.detectron2.data_checks import check_registered
 from ..adapters.detectron2.trainer import Trainer
 from ..zoo import find_config
-from .common import stop
+from .common import import_modules, stop
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,13 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: the config does not exist or has a wrong key or value.
     """
-    args = default_argument_parser(epilog=__doc__).parse_args(arguments)
+    parser = default_argument_parser(epilog=__doc__)
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="registers data sets; repeatable",
+    )
+    args = parser.parse_args(arguments)
     if args.config_file:
         args.config_file = str(find_config(args.config_file))  # Detectron2 reads the file itself, too
     try:
-        config_of(args)  # reports errors once, before any process starts
+        cfg = config_of(args)  # reports errors once, before any process starts
+        check_registered(cfg, train=not args.eval_only)
     except (FileNotFoundError, KeyError, ValueError) as error:
         stop(str(error))
+    trained = cfg.MODEL.WEIGHTS or (args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file())
+    if args.eval_only and not trained:
+        stop("--eval-only has no weights: add MODEL.WEIGHTS FILE, or --resume for the last checkpoint of OUTPUT_DIR")
     launch(
         run,
         args.num_gpus,
@@ -67,7 +85,8 @@ def set_up(args: argparse.Namespace) -> Any:
 
 
 def config_of(args: argparse.Namespace) -> Any:
-    """The config of the command line, on the CPU with --num-gpus 0 or without a GPU."""
+    """The config of the command line, on the CPU with --num-gpus 0 or without a GPU. Imports --import's modules."""
+    import_modules(args.imports)
     cfg = get_config(args.config_file or None, args.opts)
     if args.num_gpus == 0 or not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -82,7 +101,13 @@ def run(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if missing := checkpointer.missing:
+        stop(
+            f"--eval-only: the checkpoint lacks {len(missing)} parameters of the model, which would be random "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); MODEL.WEIGHTS has to be a trained model"
+        )
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_augmentation(cfg, model))

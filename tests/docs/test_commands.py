@@ -65,6 +65,7 @@ RULES = (
     Rule(r"dinat test configs/\S+ CHECKPOINT\.pth", "parse", REAL_DATA),
     Rule(r"dinat test CONFIG CHECKPOINT --tta", "parse", "tests/cli/test_train.py runs it", config=SEGMENTOR),
     Rule(r"dinat train --config-file .*", "parse", HOURS, needs="detectron2"),
+    Rule(r"PYTHONPATH=\. dinat .* --import my_data.*", "known", "tests/adapters/test_detectron2_own_data.py runs it"),
     Rule(r"dinat predict .* --config CONFIG\.yaml .*", "parse", "tests/adapters/test_mask2former.py runs it"),
     Rule(r"dinat export .*", "parse", "takes minutes at this size; tests/cli/test_export.py runs small ones"),
     Rule(r"dinat flops --all", "parse", "builds 64 models; tests/ops/test_flops.py counts them"),

@@ -1,16 +1,19 @@
 """NAT, DiNAT and DiNAT_s for Detectron2: backbones, feature pyramids, `MODEL.DINAT` in configs, safe checkpoints.
 
     import dinat_backbones.adapters.detectron2 as dinat         # registers the backbones
-    cfg = get_cfg()
-    dinat.add_dinat_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = "build_dinat_fpn_backbone"        # or D2NAT, D2DiNAT, D2DiNAT_s without a pyramid
+    cfg = dinat.with_backbone(model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml"), "dinat_tiny")
+    dinat.Checkpointer(model).load(cfg.MODEL.WEIGHTS)           # in place of DetectionCheckpointer
 
-    model.backbone = LazyCall(dinat.D2DiNAT)(arch="dinat_tiny", dilations="coco")   # in a LazyConfig
+    model.backbone.bottom_up = LazyCall(dinat.D2DiNAT)(         # in a LazyConfig with a feature pyramid
+        arch="dinat_tiny", dilations="coco", out_features=["res2", "res3", "res4", "res5"]
+    )
 
 Works with Detectron2 built from source on a current torch, and with the wheel that requirements/classic.txt names.
 
-    backbone.py             the backbones, pyramids and config keys
+    backbone.py             the backbones and pyramids
+    config.py               `MODEL.DINAT`; `with_backbone`, for any config
     checkpointer.py         `Checkpointer`
+    data_checks.py          what a config expects of its data sets, checked before training
     maskformer_compat.py    Mask2Former: `get_config`, and what differs between its releases; needs Mask2Former
     trainer.py              Mask2Former's optimizer, data mappers and evaluators; needs Mask2Former
     resumable_loader.py     training data and random numbers as functions of the seed and the step
@@ -33,16 +36,17 @@ from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS
 from ...ops.flops import TRACED_OPS
 from .backbone import (
     D2NAT,
-    FURTHER_DEFAULTS,
-    PUBLISHED_DEFAULTS,
     D2DiNAT,
     D2DiNAT_s,
-    add_dinat_config,
     build_dinat_fpn_backbone,
+    build_dinat_retinanet_fpn_backbone,
     build_dinat_s_fpn_backbone,
+    build_dinat_s_retinanet_fpn_backbone,
     build_nat_fpn_backbone,
+    build_nat_retinanet_fpn_backbone,
 )
 from .checkpointer import Checkpointer
+from .config import FURTHER_DEFAULTS, PUBLISHED_DEFAULTS, add_dinat_config, with_backbone
 
 _DEFAULT_SUPPORTED_OPS.update(TRACED_OPS)  # FlopCountAnalysis, Detectron2's analyze_model.py
 
@@ -55,6 +59,10 @@ __all__ = [
     "D2NAT",
     "add_dinat_config",
     "build_dinat_fpn_backbone",
+    "build_dinat_retinanet_fpn_backbone",
     "build_dinat_s_fpn_backbone",
+    "build_dinat_s_retinanet_fpn_backbone",
     "build_nat_fpn_backbone",
+    "build_nat_retinanet_fpn_backbone",
+    "with_backbone",
 ]

@@ -24,7 +24,11 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         model, save_dir, checkpointables: see `DetectionCheckpointer`.
         allow_pickle: use Python's own unpickler, which runs any code in the file. Only for trusted files.
+
+    `missing` has the names of the model's parameters that were not in the file loaded last.
     """
+
+    missing: tuple[str, ...] = ()
 
     def __init__(self, model: torch.nn.Module, save_dir: str = "", *, allow_pickle: bool = False, **kwargs: Any):
         super().__init__(model, save_dir, **kwargs)
@@ -62,6 +66,8 @@ class Checkpointer(DetectionCheckpointer):
         dinat = next((module for module in self.model.modules() if isinstance(module, backbone.BackboneBase)), None)
         if dinat is not None and not self.model.state_dict().keys() & state.keys():
             load_backbone(dinat, filename, allow_pickle=self.allow_pickle, logger=self.logger)
+            loaded = set(dinat.parameters())
+            self.missing = tuple(name for name, value in self.model.named_parameters() if value not in loaded)
             return {"model": {}}
         # Mask2Former renames tensors of a state dict without versions in `_metadata`, as if older code had written it
         versioned = OrderedDict(state)
@@ -71,7 +77,11 @@ class Checkpointer(DetectionCheckpointer):
         return checkpoint | {"model": versioned}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        return super()._load_model(checkpoint) if checkpoint["model"] else None
+        if not checkpoint["model"]:
+            return None
+        incompatible = super()._load_model(checkpoint)
+        self.missing = tuple(name for name, _ in self.model.named_parameters() if name in incompatible.missing_keys)
+        return incompatible
 
 
 def _published_address(path: Path) -> str:

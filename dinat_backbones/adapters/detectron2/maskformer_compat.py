@@ -23,7 +23,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from ...zoo import find_config
-from .backbone import add_dinat_config
+from .config import add_dinat_config
 
 INSTALL = (
     "pip install --no-deps --no-build-isolation maskformer2==0.1 (its dependencies are pinned to URLs; install "

@@ -26,6 +26,7 @@ from detectron2.utils import comm
 
 from ...optim import layer_scales
 from .checkpointer import Checkpointer
+from .data_checks import check_classes
 from .maskformer_compat import mask2former
 from .resumable_loader import SeedSteps, build_loader
 
@@ -47,7 +48,7 @@ class Trainer(DefaultTrainer):
 
     Raises:
         ValueError: mixed precision on a CPU, an unknown mapper, optimizer or sampler, a batch size that is not a
-            multiple of the number of processes.
+            multiple of the number of processes, fewer classes than the data has.
     """
 
     def __init__(self, cfg: Any):
@@ -81,8 +82,10 @@ class Trainer(DefaultTrainer):
             raise ValueError(f"INPUT.DATASET_MAPPER_NAME={name}: expected one of {', '.join(MAPPERS)}")
         if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
             raise ValueError(f"DATALOADER.SAMPLER_TRAIN={cfg.DATALOADER.SAMPLER_TRAIN}: expected TrainingSampler")
+        dicts = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        check_classes(cfg, dicts)
         return build_loader(
-            get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS),
+            dicts,
             MAPPERS[name](cfg, True),
             seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
