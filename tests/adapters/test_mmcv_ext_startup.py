@@ -101,8 +101,8 @@ def run_command_with_mmcv(folder, **files):
     for name, text in files.items():
         (folder / "mmcv" / f"{name}.py").write_text(text)
     row = next(iter(zoo.DETECTION.values()))
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); from dinat_backbones.cli import main; main(sys.argv[1:])"
-    return python("-W", "ignore", "-c", code, "flops", row.name, code=1).splitlines()[-1]
+    code = "import sys; from dinat_backbones.cli import main; main(sys.argv[1:])"  # which finds mmcv in `folder` first
+    return python("-W", "ignore", "-c", code, "flops", row.name, code=1, cwd=folder).splitlines()[-1]
 
 
 def test_mmcv_1_is_one_sentence(tmp_path):

@@ -152,7 +152,10 @@ def forward_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, W, heads, DIM] and lse [B, H, W, heads], the base-2 logarithm of the softmax's denominator."""
+    """out [B, H, W, heads, DIM] and lse [B, H, W, heads], the base-2 logarithm of the softmax's denominator.
+
+    An online softmax: each block of keys rescales the sums of the blocks before it.
+    """
     head, rows, columns, first_row, first_column, start, first_pixel = _tile(
         stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
@@ -214,13 +217,13 @@ def query_gradient_kernel(
     grad_query is the first of three in [B, H, W, 3, heads, DIM]. grad_rpb is [heads, SPAN, SPAN], added to atomically,
     or with ATOMIC off [programs, SPAN, SPAN], to be summed up afterwards.
     """
-    SPAN: tl.constexpr = 2 * KERNEL - 1
     head, rows, columns, first_row, first_column, start, first_pixel = _tile(
         stride_batch, stride_row, stride_column, stride_head, height, width, heads, dilation, TILE_ROWS, TILE_COLUMNS
     )
     query, key, value = query + start, key + start, value + start
     row_step, column_step = _steps(dilation, stride_row, stride_column, WIDE)
     pixel_row_step, pixel_column_step = _steps(dilation, width * heads, heads, WIDE)
+    SPAN: tl.constexpr = 2 * KERNEL - 1
 
     q_row, q_column = _positions(first_row, first_column, TILE_ROWS, TILE_COLUMNS)
     q_inside = (q_row < rows) & (q_column < columns)
