@@ -6,7 +6,8 @@ import torch
 
 
 class Backend:
-    """One way to compute neighborhood attention; see CONTRIBUTING.md, "Adding a backend"."""
+    """One way to compute neighborhood attention. A new one is a file in this folder, with a subclass, and a line in the
+    folder's `__init__.py`; see CONTRIBUTING.md, "Adding a backend of the op"."""
 
     takes_packed_qkv = False  # whether `attention` also takes one tensor [B, H, W, 3, heads, head_dim]
     traceable = False  # whether the legacy ONNX exporter can trace it, for one size
