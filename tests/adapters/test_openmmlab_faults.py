@@ -9,6 +9,7 @@ from dinat_backbones import create_classifier
 
 pytest.importorskip("mmengine", reason="mmengine is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.config import Config  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
 from mmengine.registry import MODELS, DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
@@ -29,7 +30,7 @@ def runner_with(model):
     runner = Runner.__new__(Runner)
     runner.model = model
     runner._hooks = []
-    runner.logger = adapter.MMLogger.get_current_instance()
+    runner.logger = MMLogger.get_current_instance()
     return runner
 
 
