@@ -79,7 +79,7 @@ def test_the_scope_of_a_framework():
     import mmdet.models  # noqa: F401
 
     assert "mmdet" in sys.modules
-    importlib.reload(adapter)  # as where a script imports mmdet before the config
+    importlib.reload(adapter.backbones)  # as where a script imports mmdet before the config
     for scope in ("mmdet", "mmengine"):
         with DefaultScope.overwrite_default_scope(scope):
             assert type(MODELS.build(dict(type="mmdet.DiNAT", **SMALL))).__name__ == "DiNAT"
