@@ -193,3 +193,14 @@ def run_tool(*arguments, code=0):
         status = 1
     assert status == code, err.getvalue()
     return out.getvalue() if code == 0 else err.getvalue()
+
+
+def output_and_gradients(module, images):
+    """The output, and the gradients of the sum of its squares."""
+    out = module(images)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), list(module.parameters()))]
+
+
+def send_output_and_gradients(pipe, module, images):
+    """What a spawned process runs: it imports this file by its name."""
+    pipe.send([tensor.numpy() for tensor in output_and_gradients(module, images)])

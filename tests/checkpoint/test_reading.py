@@ -135,7 +135,7 @@ def test_folders_of_shards(tmp_path, weights):
     """The command that the message advises makes a file that loads."""
     distributed = pytest.importorskip("torch.distributed.checkpoint")
     folder, target = tmp_path / "dcp", tmp_path / "file.pth"
-    distributed.save({"state_dict": weights}, checkpoint_id=folder, no_dist=True)
+    distributed.save({"state_dict": weights}, checkpoint_id=folder)
     with pytest.raises(FileNotFoundError, match="make a file of it: python -m ") as caught:
         read(folder)
     words = str(caught.value).partition(": python ")[2].replace("TARGET.pth", str(target)).split()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dinat_backbones import NeighborhoodAttention2D
-from helpers import EVERYWHERE, assert_near, taking
+from helpers import EVERYWHERE, assert_near, output_and_gradients, send_output_and_gradients, taking
 
 
 def module_and_images(backend, batch=3, dtype=torch.float32):
@@ -19,23 +19,13 @@ def module_and_images(backend, batch=3, dtype=torch.float32):
     return module, torch.randn(batch, 9, 5, 16, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def output_and_gradients(module, images):
-    """The output, and the gradients of the sum of its squares."""
-    out = module(images)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), list(module.parameters()))]
-
-
-def answer(pipe, module, images):
-    pipe.send([tensor.numpy() for tensor in output_and_gradients(module, images)])
-
-
 @pytest.mark.parametrize("backend", [None, *taking(torch.float32)])
 def test_spawned_process(backend):
     """As data loaders and launchers start them where there is no fork: the module arrives as a pickle."""
     module, images = module_and_images(backend)
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
-    process = context.Process(target=answer, args=(end, module, images), daemon=True)
+    process = context.Process(target=send_output_and_gradients, args=(end, module, images), daemon=True)
     process.start()
     end.close()
     assert pipe.poll(120), "the process does not answer"

@@ -98,8 +98,13 @@ class DiNAT_s(CheckpointInitMixin, backbone.DiNAT_s, BaseModule):
     """`dinat_backbones.DiNAT_s` with the two arguments of `NAT` here."""
 
 
-# `type="mmdet.DiNAT"` asks mmdet's own registry
-for _framework in ("mmdet", "mmseg", "mmpretrain"):
-    if _framework in sys.modules:
-        for _backbone in (NAT, DiNAT, DiNAT_s):
-            importlib.import_module(f"{_framework}.registry").MODELS.register_module(module=_backbone, force=True)
+def register_with_imported_frameworks() -> None:
+    """Register the backbones with mmdet, mmseg and mmpretrain where those are imported, whose own registries are asked
+    for ``type="mmdet.DiNAT"``."""
+    for framework in ("mmdet", "mmseg", "mmpretrain"):
+        if framework in sys.modules:
+            for named in (NAT, DiNAT, DiNAT_s):
+                importlib.import_module(f"{framework}.registry").MODELS.register_module(module=named, force=True)
+
+
+register_with_imported_frameworks()
