@@ -58,7 +58,7 @@ def steps(folder: Path, dry: bool) -> list[Step]:
 
 
 def run(step: Step, log: Path, limit: float, environment: dict[str, str]) -> dict[str, object]:
-    """Run one step; its output goes to the log and to this process's output."""
+    """Run one step; its output goes to the log, its state is printed and returned."""
     start = time.monotonic()
     if limit <= 0:
         return dict(name=step.name, state="no time left", seconds=0.0)

@@ -48,7 +48,7 @@ def run_framework_script(script: str, prepare: Prepare, arguments: Sequence[str]
     if path is None or not path.is_file():
         stop(f'{scope} with its packaged tools is not installed: pip install "dinat_backbones[openmmlab]"')
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
-        _end_with(os.getppid())
+        _end_after_parent(os.getppid())
     sys.argv[1:] = _without_gpu(prepare(scope, cfg, words), cfg)
     runpy.run_path(str(path), run_name="__main__")
 
@@ -69,7 +69,7 @@ def _check_slide(cfg: Any) -> None:
     head = model.get("decode_head") or {}
     slides = (model.get("test_cfg") or {}).get("mode") in ("slide", "slide_flip")
     padded = (model.get("data_preprocessor") or {}).get("test_cfg")
-    if slides and padded and "MaskFormerHead" in str(head.get("type")).replace("Mask2F", "MaskF"):
+    if slides and padded and str(head.get("type")).endswith(("MaskFormerHead", "Mask2FormerHead")):
         stop(
             f"model.test_cfg.mode='slide' with {head['type']} and model.data_preprocessor.test_cfg={dict(padded)}: "
             "mmseg would resize the masks of each crop to the padded image; add --cfg-options "
@@ -77,7 +77,7 @@ def _check_slide(cfg: Any) -> None:
         )
 
 
-def _end_with(parent: int) -> None:
+def _end_after_parent(parent: int) -> None:
     """End this process soon after its parent has gone.
 
     Otherwise the processes of a torchrun that was killed alone go on training, and write into the folder of a run that
