@@ -69,7 +69,12 @@ class ConvDownsampler(nn.Module):
         self.norm = norm_layer(2 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = x.permute(0, 3, 1, 2)
+        if torch.compiler.is_dynamo_compiling():
+            # Inductor saves the convolution's input for the backward pass, and fails to order the strides of a saved
+            # view if they are open; a copy is not a view, and is fused into the operation that computes `x`.
+            x = x * 1
+        x = self.norm(self.reduction(x).permute(0, 2, 3, 1))
         return x
 
 

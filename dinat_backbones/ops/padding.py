@@ -21,33 +21,29 @@ def pad_to_reach(x: torch.Tensor, reach: int) -> torch.Tensor:
         ``[B, max(H, reach), max(W, reach), dim]``; `x` itself if it is large enough.
     """
     _, height, width, _ = x.shape
-    bottom, right = positions_missing(height, reach), positions_missing(width, reach)
-    if _is_open(bottom) or _is_open(right) or bottom > 0 or right > 0:
-        return F.pad(x, (0, 0, 0, right, 0, bottom))
-    return x
+    if symbolic.known(height >= reach) and symbolic.known(width >= reach):
+        return x
+    return F.pad(x, (0, 0, 0, positions_missing(width, reach), 0, positions_missing(height, reach)))
 
 
 def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """The upper left `height` x `width` of ``[B, H, W, ...]``; `x` itself if it has that size."""
-    if symbolic.exporting():
-        # A slice needs to know which of two symbolic sizes is larger.
-        if not (_is_open(height) or _is_open(width)) and x.shape[1] == height and x.shape[2] == width:
-            return x
-        rows, columns = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-        return x.index_select(1, rows).index_select(2, columns)
-    if x.shape[1] == height and x.shape[2] == width:
+    return _first(_first(x, 1, height), 2, width)
+
+
+def _first(x: torch.Tensor, axis: int, length: int) -> torch.Tensor:
+    if symbolic.known(x.shape[axis] == length):
         return x
-    return x[:, :height, :width]
+    if symbolic.known(x.shape[axis] > length):
+        return x.narrow(axis, 0, length)
+    # A slice would need to know which of two open sizes is larger, and whether its result is contiguous.
+    return x.index_select(axis, torch.arange(length, device=x.device))
 
 
 def positions_missing(length: int, reach: int) -> int:
-    """How many positions an axis of `length` lacks; no branch on a symbolic length while exporting."""
-    if not (symbolic.exporting() and _is_open(length)):
-        return max(0, reach - length)
-    padded = symbolic.new_size(torch.sym_max(length, reach), reach)
-    torch._check(padded >= length)
+    """How many positions an axis of `length` lacks; no branch on an open length."""
+    padded = symbolic.larger(length, reach)
+    if symbolic.exporting():
+        padded = symbolic.new_size(padded, reach)
+        torch._check(padded >= length)
     return padded - length
-
-
-def _is_open(size: int) -> bool:
-    return isinstance(size, torch.SymInt)
