@@ -15,35 +15,11 @@ pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import CheckpointLoader, Runner
-from mmengine.visualization import Visualizer
 
-from dinat_backbones import cli
 from dinat_backbones.adapters import openmmlab  # noqa: F401  # before mmdet: mmcv's operators
 from dinat_backbones.cli import shapes
 
 DEMO = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Runs `dinat` in this process and in `tmp_path`; returns what it exits with, None at the end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    # what `dinat test` changes for its process
-    monkeypatch.setattr(Runner, "load_checkpoint", Runner.load_checkpoint)
-    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
-
-    def run(*words):
-        for visualizer in (Visualizer, *Visualizer.__subclasses__()):  # those of earlier runs write to their folders
-            visualizer._instance_dict.clear()
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
 
 
 def script(name, *arguments, cwd, path=()):
