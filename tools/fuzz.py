@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Random calls, damaged files, sanitizers and killed commands, for as long as you like:
 
-    python tools/fuzz.py op|files|sanitizers|kills|all [--seconds N] [--seed N] [--count N]
+    python tools/fuzz.py op|files|sanitizers|commands|kills|all [--seconds N] [--seed N] [--count N]
 
     op          calls of the op on all backends of this machine, beside float64
     files       mutated checkpoints: no code runs, no memory, no hang, one sentence
     sanitizers  the C++ kernel under AddressSanitizer, UBSan and ThreadSanitizer (needs g++)
+    commands    wrong words, configs, data and disks: a sentence, no traceback, nothing half-written (mmdet and mmseg)
     kills       commands ended by SIGKILL or Ctrl-C at any moment, then run again (needs mmdet and mmseg)
 
 Case n depends on the number n alone; a failure is printed with the command that repeats it. Ctrl-C ends a run with its
@@ -19,7 +20,7 @@ import sys
 from fuzzing.core import Session
 
 # Share of the time that each gets of `all`.
-TARGETS = {"op": 0.25, "files": 0.2, "sanitizers": 0.15, "kills": 0.4}
+TARGETS = {"op": 0.25, "files": 0.15, "sanitizers": 0.1, "commands": 0.1, "kills": 0.4}
 
 
 def main(arguments: list[str] | None = None) -> int:

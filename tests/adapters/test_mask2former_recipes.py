@@ -1,11 +1,15 @@
 """The recipes of the shipped YAML configs, from training to the next training; tests/configs/test_recipes.py has those
 of OpenMMLab."""
 
+import functools
 import json
 
 import pytest
 import torch
 from small_mask2former import DEMO  # noqa: F401  # skips this file where Detectron2 is missing
+
+# isort: split
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from dinat_backbones.checkpoint import read
 from dinat_backbones.cli import convert, predict, train_detectron2
@@ -15,7 +19,7 @@ CONFIGS = ROOT / "mask2former" / "configs"
 # One config for each recipe, with the shapes in the layout of its data.
 RECIPES = {
     "coco/panoptic-segmentation/maskformer2_dinat_large_IN21k_384_bs16_100ep.yaml": "panoptic",
-    "coco/instance-segmentation/maskformer2_dinat_large_IN21k_384_bs16_100ep.yaml": "instance",
+    "coco/instance-segmentation/maskformer2_dinat_large_IN21k_384_bs16_100ep.yaml": "polygons",
     "ade20k/semantic-segmentation/maskformer2_dinat_large_IN21k_384_bs16_160k.yaml": "ade20k_sem_seg",
     "cityscapes/semantic-segmentation/maskformer2_dinat_large_IN21k_384_bs16_90k.yaml": "cityscapes_sem_seg",
 }
@@ -48,11 +52,33 @@ SMALL = {
 }
 
 
+@pytest.fixture
+def polygons(detectron2_datasets):
+    """The shapes' boxes as polygons: the mapper of COCO's instances reads no other masks."""
+
+    def load(part):
+        entries = DatasetCatalog.get(f"shapes_instance_{part}")
+        for annotation in (annotation for entry in entries for annotation in entry["annotations"]):
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        return entries
+
+    names = {part: f"shapes_polygons_{part}" for part in ("train", "val")}
+    for part, name in names.items():
+        DatasetCatalog.register(name, functools.partial(load, part))
+        metadata = MetadataCatalog.get(f"shapes_instance_{part}").as_dict()
+        MetadataCatalog.get(name).set(**{key: value for key, value in metadata.items() if key != "name"})
+    yield
+    for name in names.values():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_command_reads_what_the_recipe_saves(detectron2_datasets, tmp_path, capsys, recipe):
+def test_every_command_reads_what_the_recipe_saves(detectron2_datasets, polygons, tmp_path, capsys, recipe):
     data = RECIPES[recipe]
     small = SMALL | {
-        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3 if data == "instance" else 4,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 3 if data == "polygons" else 4,
         "DATASETS.TRAIN": (f"shapes_{data}_train",),
         "DATASETS.TEST": (f"shapes_{data}_val",),
     }
@@ -67,7 +93,7 @@ def test_every_command_reads_what_the_recipe_saves(detectron2_datasets, tmp_path
     train("first")
     path = tmp_path / "first" / "model_final.pth"
     found = read(path)
-    assert found["iteration"] == 1 and found["trainer"]["optimizer"]["state"]
+    assert found["iteration"] == 1 and found["trainer"]["_trainer"]["optimizer"]["state"]
 
     train("test", "--eval-only", MODEL__WEIGHTS=str(path))
     (results,) = (tmp_path / "test").rglob("results.json")
@@ -100,7 +126,7 @@ def test_every_command_reads_what_the_recipe_saves(detectron2_datasets, tmp_path
     train("first", "--resume", SOLVER__MAX_ITER=4)
     resumed = read(path)
     assert resumed["iteration"] == 3
-    assert {int(entry["step"]) for entry in resumed["trainer"]["optimizer"]["state"].values()} == {4}
+    assert {int(entry["step"]) for entry in resumed["trainer"]["_trainer"]["optimizer"]["state"].values()} == {4}
 
     for weights in (path, tmp_path / "imagenet.pth", tmp_path / "detectron2.pth"):
         train(f"after-{weights.stem}", MODEL__WEIGHTS=str(weights), SOLVER__BASE_LR=0.0)
