@@ -5,6 +5,7 @@ command. `common` holds what several commands share. The frameworks are imported
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(command: str) -> None:
     """Run one of `COMMANDS` with the arguments in `sys.argv`. What is wrong with them, or with the files that they
     name, is one sentence, see `errors`."""
+    logging.raiseExceptions = False  # a log that cannot be written prints a traceback for each of its lines
     try:
         importlib.import_module(f"{__name__}.{command}").main()
     except Exception as error:

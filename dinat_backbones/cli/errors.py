@@ -7,7 +7,7 @@ of them do.
 import os
 import re
 import traceback
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 # What to install where a package is missing, by the package.
@@ -32,13 +32,13 @@ INSTALL = {
     "onnxruntime": 'pip install "dinat_backbones[export]"',
 }
 LONGEST = 800  # characters of a message
-# Functions of the frameworks below which an error is one of the config or the data, by the ends of their files.
+# Functions of the frameworks below which an error is one of the config or the data: the ends of their files, and names.
 _STAGES = (
-    ("config", re.compile(r"mmengine/config/config\.py$"), None),
-    ("config", re.compile(r"mmengine/registry/build_functions\.py$"), None),
-    ("config", re.compile(r"mmengine/registry/(registry|utils|default_scope)\.py$"), None),
-    ("data", re.compile(r"mmengine/dataset/base_dataset\.py$"), "prepare_data"),
-    ("data", re.compile(r"(mmdet|mmseg|mmpretrain)/evaluation/metrics/"), None),
+    ("config", re.compile(r"mmengine/config/config\.py$"), re.compile("")),
+    ("config", re.compile(r"mmengine/registry/(build_functions|registry|utils|default_scope)\.py$"), re.compile("")),
+    ("config", re.compile(r"mmengine/runner/runner\.py$"), re.compile("build_(?!logger)")),
+    ("data", re.compile(r"mmengine/dataset/base_dataset\.py$"), re.compile("prepare_data")),
+    ("data", re.compile(r"(mmdet|mmseg|mmpretrain)/evaluation/metrics/"), re.compile("")),
 )
 
 
@@ -54,6 +54,8 @@ def describe(error: BaseException) -> str | None:
         return str(error)  # an adapter has said it
     if isinstance(error, ModuleNotFoundError) and error.name in INSTALL:
         return f"{error.name} is not installed: {INSTALL[error.name]}"
+    if re.match(r"Caught \w+ in DataLoader worker", str(error)):  # with the traceback of the worker
+        return one_line(f"the data: {str(error).strip().splitlines()[-1]}")
     frames = list(traceback.walk_tb(error.__traceback__))
     stages = [stage for frame, _ in frames if (stage := _stage(frame.f_code))]
     if "data" in stages:
@@ -61,7 +63,7 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return one_line(_words(error))
     if "config" in stages:
-        return one_line(f"the config: {_words(error)}")
+        return one_line(f"the config: {_part(frames)}{_words(error)}")
     if isinstance(error, RuntimeError) and re.search(r"loading state_dict|in source state_dict", str(error)):
         return one_line(f"the checkpoint does not fit the model: {error}")
     return None
@@ -75,9 +77,7 @@ def one_line(text: str) -> str:
 
 def _stage(code: Any) -> str | None:
     path = code.co_filename.replace(os.sep, "/")
-    return next(
-        (name for name, file, function in _STAGES if file.search(path) and function in (None, code.co_name)), None
-    )
+    return next((stage for stage, file, name in _STAGES if file.search(path) and name.match(code.co_name)), None)
 
 
 def _words(error: BaseException) -> str:
@@ -85,6 +85,13 @@ def _words(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     name = type(error).__name__
     return str(error) if isinstance(error, OSError) and str(error) else f"{name}: {error}"
+
+
+def _part(frames: list[tuple[FrameType, int]]) -> str:
+    """The part of the config that mmengine's runner was building, such as "optim_wrapper: "."""
+    names = [frame.f_code.co_name for frame, _ in frames if frame.f_code.co_filename.endswith("runner.py")]
+    parts = [name.removeprefix("build_") for name in names if name.startswith("build_")]
+    return f"{parts[-1]}: " if parts else ""
 
 
 def _sample(tb: TracebackType | None) -> str:

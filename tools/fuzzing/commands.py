@@ -236,7 +236,7 @@ def no_room(words: list[str], names: str, rng: random.Random) -> Fault | None:
             return None  # not allowed here
 
         def mend() -> None:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "--lazy", folder], check=True)
 
         return Fault(words, f"out is a disk of {kilobytes} kB", mend)
     place = "mmdet.py" if how == "file" else "/proc"
