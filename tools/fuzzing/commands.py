@@ -85,6 +85,7 @@ COMMANDS = {
         "mmseg.py mmseg.pth data/val/000000.jpg",
     ),
 }
+SLOW = ("train", "test", "config")  # seconds, of which there are fewer cases
 WORDS = ("", "-1", "0", "abc", "1e99", "nan", "nothing.py", "--nothing", "é" * 300, "*", "{}", "dinat_huge", "[1, 2]")
 # Lines at the end of a config, each wrong in a way that can be told before anything is computed.
 SETTINGS = [
@@ -187,6 +188,7 @@ def missing(words: list[str], names: str, rng: random.Random) -> Fault | None:
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         shutil.move(kept, path)
+        shutil.rmtree("kept")
 
     return Fault(words, f"{path} is {how}", mend)
 
@@ -237,6 +239,7 @@ def no_room(words: list[str], names: str, rng: random.Random) -> Fault | None:
 
         def mend() -> None:
             subprocess.run(["umount", "--lazy", folder], check=True)
+            folder.rmdir()
 
         return Fault(words, f"out is a disk of {kilobytes} kB", mend)
     place = "mmdet.py" if how == "file" else "/proc"
@@ -317,7 +320,7 @@ def try_one(seed: int, good: Path, folder: Path) -> str:
         AssertionError: see `check`; or the command fails although the fault is mended.
     """
     rng = random.Random(seed)
-    name = rng.choice([*COMMANDS])
+    name = rng.choice([name for name in COMMANDS for _ in range(1 if name.startswith(SLOW) else 3)])
     words, names = COMMANDS[name]
     shutil.copytree(good, folder)
     with inside(folder):
