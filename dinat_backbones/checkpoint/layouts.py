@@ -161,7 +161,8 @@ def _names_of_mmpretrain(state: Mapping[str, Tensor]) -> dict[str, str]:
     norms = {found[0] for key in state if (found := re.match(r"backbone\.norm\d+\.", key))}
     if "head.fc.weight" not in state or "backbone.patch_embed.norm.weight" not in state or len(norms) != 1:
         return {}
-    return {key: key.replace(*norms, "norm.").replace("head.fc.", "head.") for key in state}
+    (norm,) = norms
+    return {key: key.replace(norm, "norm.").replace("head.fc.", "head.") for key in state}
 
 
 def _common_name(name: str) -> str:
