@@ -63,7 +63,7 @@ bench-classic: setup-classic
 bench-gpu: setup
 	.venv/bin/python tools/benchmark.py gpu --out work_dirs/benchmark-gpu.json
 
-# Random calls, damaged checkpoints, sanitizers and killed commands; the counts are printed at the end.
+# Random calls, damaged checkpoints, sanitizers, memory, wrong and killed commands; the counts are printed at the end.
 SECONDS = 1800
 SEED = 0
 fuzz: setup

@@ -1,8 +1,36 @@
+import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import poison  # noqa: F401  # a fixture
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs `dinat` with OpenMMLab in this process and in `tmp_path`; returns what it exits with, None at the end."""
+    from mmengine.runner import CheckpointLoader, Runner
+    from mmengine.visualization import Visualizer
+
+    from dinat_backbones import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    # what `dinat test` changes for its process
+    monkeypatch.setattr(Runner, "load_checkpoint", Runner.load_checkpoint)
+    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+
+    def run(*words):
+        for visualizer in (Visualizer, *Visualizer.__subclasses__()):  # those of earlier runs write to their folders
+            visualizer._instance_dict.clear()
+        try:
+            cli.main([str(word) for word in words])
+        except SystemExit as stopped:
+            return stopped.code
+        return None
+
+    return run
+
 
 whole_files = set()  # skipped when they were collected: (path, line, reason)
 

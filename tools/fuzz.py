@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Random calls, damaged files, sanitizers and killed commands, for as long as you like:
 
-    python tools/fuzz.py op|files|sanitizers|kills|all [--seconds N] [--seed N] [--count N]
+    python tools/fuzz.py op|files|sanitizers|memory|commands|kills|all [--seconds N] [--seed N] [--count N]
 
     op          calls of the op on all backends of this machine, beside float64
     files       mutated checkpoints: no code runs, no memory, no hang, one sentence
     sanitizers  the C++ kernel under AddressSanitizer, UBSan and ThreadSanitizer (needs g++)
+    memory      2,000 training steps and 2,000 predictions of ever new sizes: it does not grow
+    commands    wrong words, configs, data and disks: a sentence, no traceback, nothing half-written (mmdet and mmseg)
     kills       commands ended by SIGKILL or Ctrl-C at any moment, then run again (needs mmdet and mmseg)
 
 Case n depends on the number n alone; a failure is printed with the command that repeats it. Ctrl-C ends a run with its
@@ -19,7 +21,7 @@ import sys
 from fuzzing.core import Session
 
 # Share of the time that each gets of `all`.
-TARGETS = {"op": 0.25, "files": 0.2, "sanitizers": 0.15, "kills": 0.4}
+TARGETS = {"op": 0.16, "files": 0.15, "sanitizers": 0.05, "memory": 0.07, "commands": 0.1, "kills": 0.47}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", choices=[*TARGETS, "all"])
     parser.add_argument("--seconds", type=float, default=1800, help="of all targets together (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
-    parser.add_argument("--count", type=int, help="cases of each target at most")
+    parser.add_argument("--count", type=int, help="cases of each target at most; of memory, steps")
     args = parser.parse_args(arguments)
     targets = TARGETS if args.target == "all" else {args.target: 1.0}
     sessions = []

@@ -136,6 +136,8 @@ def _to_common(
         }
     if any(key.startswith("patch_embed.") for key in state):
         return {_common_name(key): ((key,), value) for key, value in state.items()}
+    if names := _names_of_mmpretrain(state):
+        return {common: ((key,), state[key]) for key, common in names.items()}
     others = [key for key in state if not _OPENMMLAB.match(key)]
     if any(key.startswith(f"{_FPN_BACKBONE}patch_embed.") for key in state) and to in ("imagenet", "detectron2"):
         backbone = {
@@ -151,6 +153,16 @@ def _to_common(
         "detectron2 with patch_embed.* or backbone.patch_embed.*, or one of transformers, and the file has "
         f"{', '.join((others or list(state))[:4]) or 'no tensors'}"
     )
+
+
+def _names_of_mmpretrain(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of mmpretrain's classifier the names in the common form, where the norm of its only output is the classifier's;
+    nothing of another model."""
+    norms = {found[0] for key in state if (found := re.match(r"backbone\.norm\d+\.", key))}
+    if "head.fc.weight" not in state or "backbone.patch_embed.norm.weight" not in state or len(norms) != 1:
+        return {}
+    (norm,) = norms
+    return {key: key.replace(norm, "norm.").replace("head.fc.", "head.") for key in state}
 
 
 def _common_name(name: str) -> str:

@@ -5,6 +5,7 @@ command. `common` holds what several commands share. The frameworks are imported
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,27 +22,6 @@ COMMANDS = {
     "prepare": "make the label maps and annotations that Mask2Former reads",
     "shapes": "make a small synthetic data set",
     "info": "print versions, backends and GPUs, for a bug report",
-}
-# What to install where a package is missing, by the package.
-_OPENMMLAB = 'pip install "dinat_backbones[openmmlab]"'
-INSTALL = {
-    "mmengine": _OPENMMLAB,
-    "mmcv": _OPENMMLAB,
-    "mmdet": _OPENMMLAB,
-    "mmseg": _OPENMMLAB,
-    "mmpretrain": "pip install onedl-mmpretrain",
-    "pycocotools": _OPENMMLAB,
-    # the original mmseg and mmengine import these without declaring them
-    "ftfy": "pip install ftfy regex",
-    "regex": "pip install ftfy regex",
-    "pkg_resources": 'pip install "setuptools<81"',
-    "PIL": "pip install pillow",
-    "torchvision": "pip install torchvision",
-    "cityscapesscripts": "pip install cityscapesscripts",
-    "safetensors": 'pip install "dinat_backbones[safetensors]"',
-    "onnx": 'pip install "dinat_backbones[export]"',
-    "onnxscript": 'pip install "dinat_backbones[export]"',
-    "onnxruntime": 'pip install "dinat_backbones[export]"',
 }
 
 
@@ -68,17 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(command: str) -> None:
-    """Run one of `COMMANDS` with the arguments in `sys.argv`. A package that is missing, or does not do what is needed,
-    is one sentence."""
+    """Run one of `COMMANDS` with the arguments in `sys.argv`. What is wrong with them, or with the files that they
+    name, is one sentence, see `errors`."""
+    logging.raiseExceptions = False  # a log that cannot be written prints a traceback for each of its lines
     try:
         importlib.import_module(f"{__name__}.{command}").main()
-    except (ImportError, NotImplementedError) as error:
-        if "pip install" in str(error) and "\n" not in str(error):  # an adapter has said it
-            sys.exit(f"{sys.argv[0]}: {error}")
-        if not isinstance(error, ModuleNotFoundError) or error.name not in INSTALL:
+    except Exception as error:
+        from .errors import describe
+
+        sentence = describe(error)
+        if sentence is None:
             raise
-        hint = INSTALL[error.name]
-        sys.exit(f"{sys.argv[0]}: {error.name} is not installed: {hint}")
+        sys.exit(f"{sys.argv[0]}: {sentence}")
 
 
 def _usage() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..files import atomic_write
-from .common import UnreadableImageError, stop
+from .common import UnreadableImageError, device_name, stop
 
 PANEL = 240  # width of a panel in pixels
 GAP, LABEL = 6, 14
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="file or http(s) address")
     parser.add_argument("--at", type=_point, required=True, metavar="X,Y", help="the pixel, from the upper left corner")
     parser.add_argument("--out", type=Path, required=True, help="file to write, an image")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", type=device_name, help="default: cuda if there is one, else cpu")
     args = parser.parse_args(arguments)
     if not args.image.is_file():
         stop(f"{args.image} is not there")

@@ -1,6 +1,7 @@
 """What several commands share: messages, progress, configs and where they are."""
 
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
@@ -18,6 +19,18 @@ class UnreadableImageError(Exception):
 def stop(message: str) -> NoReturn:
     """End the process with status 1 and one sentence that begins with the command's name."""
     sys.exit(f"{sys.argv[0]}: {message}")
+
+
+def device_name(text: str) -> str:
+    """For argparse: the name of a device that torch has here, such as cpu or cuda:1."""
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return text
 
 
 def import_modules(names: Iterable[str]) -> None:

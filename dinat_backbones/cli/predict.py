@@ -1,16 +1,16 @@
-"""Draw the predictions of a detector or a segmentor on images:
+"""Draw the predictions of a detector, a segmentor or a classifier on images:
 
     dinat predict IMAGE|FOLDER --config CONFIG --checkpoint CHECKPOINT --out FOLDER
                   [--score 0.3] [--task panoptic|instance|semantic] [--device cuda|cpu|...] [--force]
                   [--backbone ARCH] [--dilations SETTING] [--import MODULE]
 
-CONFIG is a Python file of mmdet or mmseg, or a YAML file of Detectron2. Draws instances with boxes and masks, panoptic
-or semantic maps, whatever the model predicts; --task chooses one of Mask2Former in Detectron2, by default the first
-that the config turns on, and --import names a module that registers its data sets, which have the names of the classes
-(without names they are numbered). Images keep their names, and their places below FOLDER; of a GIF the
-first frame is drawn, as NAME.gif.png. Images that the out folder already
-has are skipped without --force, so that an interrupted run continues where it stopped. An image that cannot be read is
-reported, and the others are done.
+CONFIG is a Python file of mmdet, mmseg or mmpretrain, or a YAML file of Detectron2. Draws instances with boxes and
+masks, panoptic or semantic maps, or the class, whatever the model predicts; --task chooses one of Mask2Former in
+Detectron2, by default the first that the config turns on, and --import names a module that registers its data sets,
+which have the names of the classes (without names they are numbered). Images keep their names, and their places below
+FOLDER; of a GIF the first frame is drawn, as NAME.gif.png. Images that the out folder already has are skipped without
+--force, so that an interrupted run continues where it stopped. An image that cannot be read is reported, and the others
+are done.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .common import UnreadableImageError, import_modules, stop
+from .common import UnreadableImageError, device_name, import_modules, stop
 from .config import add_backbone_options, with_backbone_written
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the drawn images")
     parser.add_argument("--score", type=float, default=0.3, help="least score of an instance (default: %(default)s)")
     parser.add_argument("--task", choices=TASKS, help="which result of Mask2Former in Detectron2 to draw")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", type=device_name, help="default: cuda if there is one, else cpu")
     parser.add_argument("--force", action="store_true", help="draw again what is in the out folder")
     parser.add_argument(
         "--import", dest="imports", action="append", default=[], metavar="MODULE", help="registers data sets (.yaml)"

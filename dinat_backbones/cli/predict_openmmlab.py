@@ -1,8 +1,9 @@
-"""`dinat predict` for models of mmdet and mmseg."""
+"""`dinat predict` for models of mmdet, mmseg and mmpretrain."""
 
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import read
 from ..files import atomic_write
 from .common import UnreadableImageError, load_config
 from .predict import Predictor, count_labels
@@ -28,8 +29,10 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
     from mmengine.registry import DATASETS, VISUALIZERS
 
     dataset = cfg.test_dataloader.dataset
-    visualizer = VISUALIZERS.build(dict(cfg.visualizer, vis_backends=None, save_dir=None))
+    visualizer = VISUALIZERS.build(dict(cfg.visualizer, name="predict", vis_backends=None, save_dir=None))
     metainfo = DATASETS.build(dict(dataset, lazy_init=True, pipeline=[])).metainfo
+    if not metainfo.get("classes"):  # of mmpretrain, which takes them from the folders of the training images
+        metainfo = metainfo | trained_metainfo(checkpoint)
     visualizer.dataset_meta = {"palette": "random"} | {key: value for key, value in metainfo.items() if value}
 
     def predict(path: Path, target: Path) -> str:
@@ -44,6 +47,9 @@ def load_predictor(config: str, checkpoint: str, device: str | None = None, scor
             if field in result and not map_labels(result, field, len(metainfo["classes"])):
                 delattr(result, field)
         with atomic_write(target) as partial:
+            if "pred_label" in result:
+                visualizer.visualize_cls(image[..., ::-1], result, draw_gt=False, out_file=str(partial), name=path.name)
+                return found
             visualizer.add_datasample(
                 path.name, image[..., ::-1], result, draw_gt=False, out_file=str(partial), **threshold
             )
@@ -69,6 +75,22 @@ def load_model(config: str, checkpoint: str, device: str | None = None) -> tuple
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     steps = cfg.test_dataloader.dataset.pipeline
     return cfg, model, Compose([step for step in steps if not step.type.rpartition(".")[2].startswith("Load")])
+
+
+def trained_metainfo(checkpoint: str) -> dict[str, Any]:
+    """What mmengine saved about the data that a checkpoint was trained on, such as the names of its classes.
+
+    Raises:
+        ValueError: the file does not name the classes.
+    """
+    meta = read(checkpoint).get("meta")
+    found = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    if not isinstance(found, dict) or not found.get("classes"):
+        raise ValueError(
+            f"{checkpoint} does not name its classes, and neither does the config: add "
+            "metainfo=dict(classes=[...]) to test_dataloader.dataset"
+        )
+    return found
 
 
 def image_dict(image: Any, path: Path) -> dict[str, Any]:
@@ -101,7 +123,11 @@ def read_image(path: Path) -> Any:
 
 
 def describe(result: Any, classes: Any, score: float) -> str:
-    """Summary of a data sample: the number of instances per class, and the classes of panoptic and semantic maps."""
+    """Summary of a data sample: the number of instances per class, and the classes of panoptic and semantic maps;
+    of a classifier the class and its score."""
+    if "pred_label" in result:
+        label = int(result.pred_label)
+        return f"{classes[label]} {float(result.pred_score[label]):.2f}"
     parts = []
     names = [name.strip() for name in classes]  # ADE20K has "bed "
     if "pred_instances" in result:

@@ -37,7 +37,7 @@ from .. import create_classifier, list_models, zoo
 from ..checkpoint import load_classifier
 from ..classifier import ROWS
 from ..files import atomic_write
-from .common import stop
+from .common import device_name, stop
 
 TOLERANCE = 0.1  # percent; published figures have one decimal
 REPORT_SECONDS = 10.0
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
     workers = min(8, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=workers, help="processes that read (default: %(default)s)")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--device", type=device_name, help="default: cuda if there is one, else cpu")
     parser.add_argument("--amp", action="store_true", help="half precision: float16 on a GPU, bfloat16 on a CPU")
     parser.add_argument("--state", type=Path, default=Path("work_dirs/validate"), metavar="FOLDER", help="see above")
     parser.add_argument("--force", action="store_true", help="count anew what is in the state folder")

@@ -8,6 +8,7 @@ import torch
 import dinat_backbones
 from dinat_backbones import DiNAT
 from dinat_backbones.checkpoint import LAYOUTS, convert, load_backbone, load_model, read, resize_rpb
+from dinat_backbones.classifier import NATClassifier
 from helpers import DATA, ROOT, fill_by_name, load_golden, run_tool
 
 SMALL = dict(embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], kernel_size=3, mlp_ratio=2.0)
@@ -200,3 +201,17 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path):
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     run_tool(tmp_path / "old.pth", tmp_path / "new.pth", "--to", "mmdet3", "--force")
     assert read(tmp_path / "new.pth")["meta"]["dataset_meta"]["classes"] == CLASSES
+
+
+def test_a_classifier_of_mmpretrain_is_the_published_layout_again():
+    """Its model has the norm in the backbone, whose last map is averaged, and the head's layer is `fc`."""
+    published = NATClassifier(embed_dim=8, depths=[1, 1], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3).state_dict()
+    names = {key: f"backbone.{key}" for key in published}
+    names |= {
+        key: key.replace("norm.", "backbone.norm1.").replace("head.", "head.fc.")
+        for key in published
+        if key.startswith(("norm.", "head."))
+    }
+    converted, _ = convert({"state_dict": {names[key]: value for key, value in published.items()}}, "imagenet")
+    assert converted.keys() == published.keys()
+    assert all(torch.equal(converted[key], value) for key, value in published.items())

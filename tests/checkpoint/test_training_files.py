@@ -1,4 +1,5 @@
-"""Checkpoints that training programs save themselves: two iterations, then the file is read and loaded."""
+"""Checkpoints that training programs save themselves: two iterations, then the file is read and loaded. The recipes of
+the shipped configs are in tests/configs/test_recipes.py."""
 
 import argparse
 import datetime
@@ -15,8 +16,7 @@ import torch
 from torch import nn
 
 from dinat_backbones import DiNAT
-from dinat_backbones.checkpoint import Inert, convert, load_backbone, load_model, read
-from helpers import ROOT
+from dinat_backbones.checkpoint import Inert, load_backbone, load_model, read
 
 SMALL = dict(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 4], kernel_size=3, mlp_ratio=1.0)
 
@@ -41,9 +41,8 @@ pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_
 import dinat_backbones.adapters.openmmlab  # noqa: E402, F401, I001  # finds mmcv's operators
 import mmdet.engine  # noqa: E402, F401  # registers schedulers and hooks
 import mmseg.engine  # noqa: E402, F401
-from mmengine.config import Config  # noqa: E402
 from mmengine.model import BaseModel  # noqa: E402
-from mmengine.registry import PARAM_SCHEDULERS, DefaultScope  # noqa: E402
+from mmengine.registry import PARAM_SCHEDULERS  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
 
@@ -110,60 +109,6 @@ def test_every_scheduler_of_mmengine(tmp_path, name):
             got = found["param_schedulers"][0][key]
             assert type(got) is type(value) and (got == value or given["by_epoch"]), key  # an epoch ends after saving
     assert loads_into_backbone(tmp_path / name / "iter_2.pth", runner.model.backbone.state_dict())
-
-
-RECIPES = [
-    "mmdet/dinat/mask-rcnn_dinat-mini_fpn_amp-ms-crop-3x_coco.py",
-    "mmdet/dinat/cascade-mask-rcnn_dinat-large_fpn_4conv1fc-giou_ms-crop-3x_coco.py",
-    "mmdet/dinat/mask2former_dinat-large_16xb1-lsj-100e_coco-panoptic.py",
-    "mmseg/dinat/dinat-mini_upernet_8xb2-amp-160k_ade20k-512x512.py",
-    "mmseg/dinat/mask2former_dinat-large_8xb2-160k_ade20k-640x640.py",
-    "mmpretrain/dinat-mini_finetune-30e.py",
-    "demo/mask-rcnn_dinat_shapes.py",
-    "demo/upernet_dinat_shapes.py",
-    "demo/mask2former_dinat_shapes.py",
-]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_shipped_recipes(tmp_path, monkeypatch, recipe):
-    """Optimizer, schedulers and hooks of the configs themselves, with a small model instead of theirs."""
-    if recipe.startswith("mmpretrain"):
-        pytest.importorskip("mmpretrain", reason="mmpretrain is not installed: make setup-classic")
-    cfg = Config.fromfile(ROOT / "configs" / recipe)
-    wrapper = cfg.optim_wrapper.get("type", "OptimWrapper")
-    if torch.__version__ < "2.4":
-        cfg.optim_wrapper.optimizer.pop("fused", None)  # which knew no CPU
-    if wrapper == "AmpOptimWrapper":  # with the state of a loss scale, which it has on a GPU alone
-        module = inspect.getmodule(mmengine.optim.AmpOptimWrapper)
-        monkeypatch.setattr(module, "is_cuda_available", lambda: True)
-        monkeypatch.setattr(module, "GradScaler", lambda **kwargs: torch.amp.GradScaler("cpu", **kwargs))
-        cfg.optim_wrapper.dtype = "bfloat16"
-    hooks = {name: hook for name, hook in cfg.default_hooks.items() if name != "visualization"}
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        runner = train(
-            tmp_path / "run",
-            optim_wrapper=cfg.optim_wrapper,
-            param_scheduler=cfg.param_scheduler,
-            default_hooks=hooks,
-            custom_hooks=cfg.get("custom_hooks"),
-            default_scope=cfg.default_scope,
-        )
-    path = tmp_path / "run" / "iter_2.pth"
-    found = read(path)
-    assert found["optimizer"]["state"] and ("loss_scaler" in found["optimizer"] or wrapper == "OptimWrapper")
-    assert len(found["param_schedulers"]) == (1 if isinstance(cfg.param_scheduler, dict) else len(cfg.param_scheduler))
-    assert isinstance(found["message_hub"]["log_scalars"]["train/loss"], Inert)
-    assert loads_into_backbone(path, runner.model.backbone.state_dict())
-    model = Model()
-    load_model(model, path)
-    assert equal(model.state_dict(), runner.model.state_dict())
-    converted, _ = convert(found, "imagenet")
-    assert equal(converted, runner.model.backbone.state_dict())
-    assert converted is not None and convert(found, "mmdet3")[0]["meta"]["dataset_meta"]["classes"] == (
-        "square",
-        "circle",
-    )
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,15 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
         ),
         (ImportError("mmcv 1.7.2 is installed: pip install mmcv", name="mmcv"), "mmcv 1.7.2 is installed: pip install"),
         (NotImplementedError("no operator: pip install mmcv"), "no operator: pip install mmcv"),
+        (NotADirectoryError(20, "Not a directory", "file/out"), "file/out: Not a directory$"),
+        (OSError("CUDA library not found"), "CUDA library not found$"),
+        (
+            RuntimeError("Error(s) in loading state_dict for M:\n\tmissing"),
+            "the checkpoint does not fit .* for M: missing$",
+        ),
     ],
 )
-def test_what_is_missing_is_one_sentence(monkeypatch, error, message):
+def test_what_is_missing_or_wrong_is_one_sentence(monkeypatch, error, message):
     def fail():
         raise error
 
@@ -110,11 +116,16 @@ def test_what_is_missing_is_one_sentence(monkeypatch, error, message):
         cli.run("info")
 
 
-@pytest.mark.parametrize("error", [NotImplementedError("no such thing"), ImportError("cannot import name 'x'")])
+OTHERS = [NotImplementedError("no such thing"), ImportError("cannot import name 'x'"), RuntimeError("sizes 3 and 4")]
+
+
+@pytest.mark.parametrize("error", [*OTHERS, FileNotFoundError("with DINAT_TRACEBACK=1")])
 def test_other_errors_keep_their_traceback(monkeypatch, error):
     def fail():
         raise error
 
+    if error not in OTHERS:
+        monkeypatch.setenv("DINAT_TRACEBACK", "1")
     monkeypatch.setattr(info, "main", fail)
     with pytest.raises(type(error), match=str(error)):
         cli.run("info")

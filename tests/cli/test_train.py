@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,35 +16,11 @@ pytest.importorskip("mmdet", reason="mmdet is not installed: pip install 'dinat_
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import CheckpointLoader, Runner
-from mmengine.visualization import Visualizer
 
-from dinat_backbones import cli
 from dinat_backbones.adapters import openmmlab  # noqa: F401  # before mmdet: mmcv's operators
 from dinat_backbones.cli import shapes
 
 DEMO = ROOT / "configs" / "demo" / "mask-rcnn_dinat_shapes.py"
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """Runs `dinat` in this process and in `tmp_path`; returns what it exits with, None at the end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    # what `dinat test` changes for its process
-    monkeypatch.setattr(Runner, "load_checkpoint", Runner.load_checkpoint)
-    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
-
-    def run(*words):
-        for visualizer in (Visualizer, *Visualizer.__subclasses__()):  # those of earlier runs write to their folders
-            visualizer._instance_dict.clear()
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stopped:
-            return stopped.code
-        return None
-
-    return run
 
 
 def script(name, *arguments, cwd, path=()):
@@ -171,8 +148,50 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, command, detector):
     content = torch.load(checkpoint, weights_only=True)
     del content["state_dict"]["neck.fpn_convs.0.conv.weight"]
     torch.save(content, tmp_path / "part.pth")
-    with pytest.raises(RuntimeError, match="neck.fpn_convs.0.conv.weight"):
-        command("test", config, "part.pth")
+    message = command("test", config, "part.pth")
+    assert message.startswith("dinat test: the checkpoint does not fit the model") and "\n" not in message
+    assert "neck.fpn_convs.0.conv.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("model = dict(backbone=dict(kernel_size=4))", "the config: .*ValueError: .*kernel_size=4: expected an odd"),
+        ("model = dict(backbone=dict(type='NoSuchBackbone'))", "the config: .*NoSuchBackbone"),
+        ("optim_wrapper = dict(optimizer=dict(type='NoSuchOptimizer'))", "the config: optim_wrapper: "),
+        ("import no_such_module", "the config: ModuleNotFoundError: .*no_such_module"),
+        ("model = ", "the config: SyntaxError: .*invalid syntax"),
+        ("load_from = 'nowhere.pth'", "nowhere.pth is not there"),
+    ],
+)
+def test_what_is_wrong_with_a_config_is_one_sentence(tmp_path, command, detector, line, words):
+    (tmp_path / "config.py").write_text(f"{detector[0].read_text()}\n{line}\n")
+    message = command("train", "config.py", "--work-dir", "out")
+    assert re.search(words, message) and message.startswith("dinat train: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+def test_an_image_that_cannot_be_read_is_named(tmp_path, command, dataset, scope):
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    name = {"mmdet": "mask-rcnn", "mmseg": "upernet"}[scope]
+    loaders = [f"{part}_dataloader = dict(dataset=dict(data_root='data/'))" for part in ("train", "val", "test")]
+    config = [f"_base_ = '{ROOT}/configs/demo/{name}_dinat_shapes.py'", *loaders]
+    if scope == "mmdet":
+        config.append("val_evaluator = test_evaluator = dict(ann_file='data/annotations/instances_val.json')")
+    (tmp_path / "config.py").write_text("\n".join(config))
+    image = min((data / {"mmdet": "train", "mmseg": "images/training"}[scope]).iterdir())
+    image.write_bytes(b"")
+    message = command("train", "config.py", "--work-dir", "out")
+    assert message.startswith(f"dinat train: the data: {image.relative_to(tmp_path)}: ") and "\n" not in message
+    if scope == "mmseg":  # which takes the images that there are
+        return
+    image.unlink()
+    message = command("train", "config.py", "--work-dir", "out")
+    assert f"{image.relative_to(tmp_path)}: No such file or directory" in message
+    message = command("train", "config.py", "--work-dir", "out", "--cfg-options", "train_dataloader.num_workers=1")
+    assert message.startswith("dinat train: the data: FileNotFoundError: ") and "Traceback" not in message
+    assert str(image.relative_to(tmp_path)) in message
 
 
 # -------------------------------------------------------------------------------------------------- kill and resume

@@ -8,7 +8,7 @@ import time
 import fuzz
 import pytest
 import torch
-from fuzzing import files, op
+from fuzzing import files, memory, op
 from fuzzing.core import Session
 
 from dinat_backbones.checkpoint import read
@@ -23,14 +23,14 @@ def test_calls(capsys):
 def test_float64_is_that_of_the_reference_backend():
     """Two computations that share no code, within what float64 rounds."""
     for seed in range(20):
-        case = op.draw(seed)
+        case = op.draw(seed)[0]
         case = case._replace(
             backend="reference",
             qkv=[t.double() for t in case.qkv],
             rpb=None if case.rpb is None else case.rpb.double(),
             grad_out=case.grad_out.double(),
         )
-        assert op.compare(case) <= 1
+        assert op.compare([case])[0] <= 1
 
 
 @pytest.mark.parametrize("wrong", ["window", "bias", "scale", "nan"])
@@ -134,3 +134,23 @@ def test_time_is_kept():
 
 def test_the_reader_that_is_tried_is_the_one_of_the_package():
     assert files.run.__defaults__ == (read,)
+
+
+def test_sizes_are_new_ones_after_the_largest():
+    found = memory.sizes(2000, seed=0)
+    assert len(found) == len(set(found)) == 2000 and found[0] == (memory.SIZES[1],) * 2
+    assert max(max(size) for size in found) == memory.SIZES[1]
+
+
+LEAKED = []
+
+
+def leak(model, size, optimizer):
+    LEAKED.append(torch.ones(4 << 20))
+
+
+def test_leaks_are_found():
+    session = Session("memory", seconds=60, count=8)
+    memory.run(session, leak)
+    assert len(session.failures) == 2 and "8 predictions: " in session.failures[0], session.failures
+    assert "8 training steps: " in session.failures[1]

@@ -73,6 +73,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
+        if hasattr(self.scheduler, "max_iters"):  # WarmupPolyLR has that of the checkpoint, which may be shorter
+            self.scheduler.max_iters = self.cfg.SOLVER.MAX_ITER
         self._trainer.data_loader.batch_sampler.start = self.start_iter
 
     @classmethod
