@@ -71,6 +71,7 @@ PAIRS = {
     ),
     "3.10-lowest": Pair("3.10", extras=("openmmlab", "timm"), lowest=True),
     "3.11-torch-2.11.0": Pair("3.11", "2.11.0"),
+    "3.11-newest": Pair("3.11"),
     "3.12-newest": Pair("3.12", source="sdist"),
     "3.13-newest": Pair("3.13"),
 }
