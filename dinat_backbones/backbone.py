@@ -9,7 +9,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,21 @@ _OUTPUT_NORM = re.compile(r"norm(\d+)\.")
 _STAGE = re.compile(r"(levels|layers)\.(\d+)\.(downsample\.)?")
 
 _Backbone = TypeVar("_Backbone", bound="BackboneBase")
+
+
+def layer_depth(name: str, depths: Sequence[int]) -> int:
+    """The depth of a parameter of a backbone, by its name there: 0 for the tokenizer, then one per block, and one more
+    for what is none of its parts. `depths` are those of the built stages."""
+    block = re.match(r"(?:levels|layers)\.(\d+)\.(?:blocks\.(\d+)\.|downsample\.)", name)
+    norm = re.match(r"norm(\d*)\.", name)
+    if name.startswith("patch_embed."):
+        return 0
+    if block and block[2]:
+        return sum(depths[: int(block[1])]) + int(block[2]) + 1
+    if block or norm:
+        stage = block[1] if block else norm[1] if norm else ""
+        return sum(depths[: int(stage) + 1] if stage else depths)
+    return sum(depths) + 1
 
 
 class BackboneBase(nn.Module):
@@ -167,19 +182,15 @@ class BackboneBase(nn.Module):
         """
         depths = self.depths[: self.built_stages]
         top = sum(depths) + 1
-        name = param_name.removeprefix(prefix)
-        block = re.match(rf"{self.stages_name}\.(\d+)\.(?:blocks\.(\d+)\.|downsample\.)", name)
-        norm = re.match(r"norm(\d*)\.", name)
-        if not param_name.startswith(prefix):
-            return top, top + 1
-        if name.startswith("patch_embed."):
-            return 0, top + 1
-        if block and block[2]:
-            return sum(depths[: int(block[1])]) + int(block[2]) + 1, top + 1
-        if block or norm:
-            stage = block[1] if block else norm[1] if norm else ""
-            return sum(depths[: int(stage) + 1] if stage else depths), top + 1
-        return top, top + 1
+        inside = param_name.startswith(prefix)
+        return (layer_depth(param_name.removeprefix(prefix), depths) if inside else top), top + 1
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script, for a model with this backbone in it, too."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace under torch.no_grad() (in "
+            "Detectron2 with its TracingAdapter), torch.export or `dinat export`"
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # tensors of parts that this model leaves out are none that it does not expect

@@ -62,6 +62,12 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and not name.endswith((".bias", "rpb"))
 
 
+def check_layer_decay(layer_decay: float, name: str = "layer_decay") -> None:
+    """ValueError, with the argument's name, if it is no factor from layer to layer."""
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"{name}={layer_decay}: expected more than 0 and at most 1")
+
+
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Factors for the learning rates of all parameters, by name: ``layer_decay ** distance from the deepest layer``.
 
@@ -74,8 +80,7 @@ def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     Raises:
         ValueError: another `layer_decay`; less than 1 for a model without a backbone of ours.
     """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay}: expected more than 0 and at most 1")
+    check_layer_decay(layer_decay)
     names = [name for name, _ in model.named_parameters()]
     scales = dict.fromkeys(names, 1.0)
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, (BackboneBase, Isotropic))]

@@ -4,19 +4,23 @@ import logging
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 import dinat_backbones
 from dinat_backbones import zoo
+from dinat_backbones.optim import layer_scales
 from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed: the classic stack has it (make test-classic)")
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone, build_model
+from detectron2.solver import get_default_optimizer_params
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -144,6 +148,47 @@ def test_mask_rcnn_trains_every_parameter():
     sum(losses.values()).backward()
     without = [name for name, value in model.named_parameters() if value.grad is None]
     assert not without and all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.parametrize("names", [["res2", "res3", "res4", "res5"], ["res3", "res4"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lr_factor_func_gives_the_rates_of_layer_scales(family, names):
+    cfg = rcnn_config()
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.IN_FEATURES = f"build_{family.lower()}_fpn_backbone", names
+    cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = [name.replace("res", "p") for name in names]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[8]] * len(names)
+    model = build_model(cfg)
+    factor = partial(adapter.get_lr_decay_rate, lr_decay_rate=0.8, depths=SMALL["depths"], out_features=names)
+    expected = layer_scales(model, 0.8)
+    groups = get_default_optimizer_params(model, base_lr=1.0, lr_factor_func=factor)
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    assert {name: found[id(parameters[name])] for name in parameters} == pytest.approx(expected, rel=1e-12)
+    blocks = sum(SMALL["depths"]) - (1 if len(names) == 2 else 0)
+    assert len(set(found.values())) == blocks + 2  # tokenizer and heads
+
+
+def test_wrong_lr_factors():
+    name = "backbone.levels.17.blocks.0.norm1.weight"
+    assert adapter.get_lr_decay_rate("backbone.levels.3.blocks.4.norm1.weight", 0.5, arch="dinat_mini") == 0.5
+    with pytest.raises(ValueError, match="needs the backbone's arch"):
+        adapter.get_lr_decay_rate(name, 0.5)
+    with pytest.raises(ValueError, match="lr_decay_rate=1.5: expected more than 0"):
+        adapter.get_lr_decay_rate(name, 1.5, arch="dinat_mini")
+    with pytest.raises(ValueError, match=r"out_features=\['p2'\]: expected some of res2"):
+        adapter.get_lr_decay_rate(name, 0.5, arch="dinat_mini", out_features=["p2"])
+
+
+def test_scripting_is_refused_and_tracing_works():
+    model = build_model(rcnn_config()).eval()
+    for module in (model, model.backbone.bottom_up):
+        with pytest.raises(RuntimeError, match="torch.jit.script cannot compile D2DiNAT: use torch.jit.trace"):
+            scripting_with_instances(module, dict(proposal_boxes=Boxes))
+    images, larger = torch.rand(1, 3, 64, 64), torch.rand(1, 3, 96, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(TracingAdapter(model.backbone.bottom_up, images), images)
+        expected = model.backbone.bottom_up(larger)
+        assert_near(traced(larger), expected.values(), 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

@@ -96,6 +96,30 @@ def test_a_config_of_the_model_zoo(own_data):
     assert "backbone.bottom_up.norm0.weight" not in state  # RetinaNet reads res3 to res5
 
 
+@pytest.mark.parametrize("without", [["1.png"], ["1.png", "2.png"]], ids=["one", "both"])
+def test_images_without_annotations_train(own_data, without):
+    """As background, with the mapper of COCO's instances: one has no objects, the other a crowd."""
+    content = json.loads((own_data / "own.json").read_text())
+    first, second = content["annotations"]
+    second["iscrowd"] = int(len(without) == 2)
+    content["annotations"] = [annotation for annotation in (first, second) if annotation is second]
+    (own_data / "own.json").write_text(json.dumps(content))
+    options = [*TINY, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 2, "INPUT.DATASET_MAPPER_NAME", "coco_instance_lsj"]
+    options += ["INPUT.IMAGE_SIZE", 64, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, "SOLVER.MAX_ITER", 2]
+    options += ["DATASETS.TRAIN", "('own_train',)", "DATASETS.TEST", "()", "OUTPUT_DIR", own_data / "run"]
+    words = ["--config-file", DEMO, "--num-gpus", 0, "--import", "own_data", *options]
+    train_detectron2.main(list(map(str, words)))
+    cfg = get_config(str(DEMO), list(map(str, options)))
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    assert sorted(len(sample["instances"]) for sample in batch) == ([0, 1] if len(without) == 1 else [0, 0])
+    assert all(sample["instances"].gt_masks.shape[1:] == sample["image"].shape[1:] for sample in batch)
+    lines = [json.loads(line) for line in (own_data / "run" / "metrics.json").read_text().splitlines()]
+    losses = [value for line in lines for name, value in line.items() if "loss" in name]
+    assert losses and np.isfinite(losses).all()
+    state = torch.load(own_data / "run" / "model_final.pth")["model"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_what_does_not_fit_stops_before_training(own_data, tmp_path, monkeypatch):
     run = tmp_path / "run"
     for arguments, sentence in (

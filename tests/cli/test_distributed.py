@@ -1,4 +1,4 @@
-"""Several processes on one machine's CPU, through tools/train.py as torchrun starts it."""
+"""Several processes on one machine's CPU, through `dinat train` as torchrun starts it."""
 
 import json
 import os
@@ -16,8 +16,11 @@ from helpers import ROOT, assert_near, environment
 
 pytest.importorskip("mmseg", reason="mmseg is not installed: pip install 'dinat_backbones[openmmlab]'")
 
+from mmengine.config import Config
+
 from dinat_backbones.checkpoint import read
 from dinat_backbones.cli import shapes
+from dinat_backbones.cli.common import resolve_config
 
 # One step of gradient descent at a rate of 1, so that the change of a weight is its gradient.
 ONE_STEP = f"""
@@ -64,6 +67,65 @@ custom_imports = dict(imports=["dinat_backbones.adapters.openmmlab", "start_hook
 """
 
 
+# Packaged configs on the shapes, for two steps: at the second DistributedDataParallel reports parameters that had no
+# gradient in the first.
+DETECTOR = """
+_base_ = "{base}"
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(
+        data_root="shapes/",
+        ann_file="annotations/instances_train.json",
+        data_prefix=dict(img="train/"),
+        metainfo=dict(classes=("circle", "triangle", "ring")),
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations", with_bbox=True),
+            dict(type="PackDetInputs"),
+        ],
+    ),
+)
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=2)
+model = dict(bbox_head=dict(num_classes=3))
+"""
+SEGMENTOR = """
+_base_ = "{base}"
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(_delete_=True, type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        _delete_=True,
+        type="BaseSegDataset",
+        data_root="shapes",
+        data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
+        metainfo=dict(classes=("circle", "triangle", "ring", "background")),
+        img_suffix=".jpg",
+        seg_map_suffix=".png",
+        reduce_zero_label=True,
+        pipeline=[
+            dict(type="LoadImageFromFile"),
+            dict(type="LoadAnnotations", reduce_zero_label=True),
+            dict(type="PackSegInputs"),
+        ],
+    ),
+)
+val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=2)
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
+head = dict(norm_cfg=dict(type="BN"), num_classes=4)  # SyncBN needs a GPU
+model = dict(data_preprocessor=dict(size=(64, 64)), decode_head=head, auxiliary_head=head)
+"""
+PACKAGED = {
+    "retinanet": ("mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", DETECTOR),
+    "detr": ("mmdet::detr/detr_r50_8xb2-150e_coco.py", DETECTOR),
+    "pspnet": ("mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py", SEGMENTOR),
+}
+SMALL_BACKBONE = ["model.backbone.depths=[1,1,1,1]", "model.backbone.dilations=[[1],[1],[1],[1]]"]
+
+
 TWO_EPOCHS = f"""
 _base_ = ["config.py", "{ROOT}/configs/_base_/fsdp.py"]
 train_cfg = dict(max_epochs=2)
@@ -75,7 +137,7 @@ default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, max_keep_ckpts=2
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    shapes.make_shapes(folder / "shapes", train=4, val=1, size=64, layouts=["ade20k"])
+    shapes.make_shapes(folder / "shapes", train=4, val=1, size=64, layouts=["ade20k", "coco"])
     (folder / "config.py").write_text(ONE_STEP)
     (folder / "start_hook.py").write_text(START_HOOK)
     (folder / "with_start.py").write_text(WITH_START)
@@ -93,7 +155,7 @@ def parallel(folder):
 def train(folder, processes, name, *words, config="config.py"):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     launcher = ["--launcher", "pytorch"] * (processes > 1)
-    command = [sys.executable, *launch, str(ROOT / "tools" / "train.py"), config, "--work-dir", name, *launcher, *words]
+    command = [sys.executable, *launch, "-m", "dinat_backbones", "train", config, "--work-dir", name, *launcher, *words]
     run = subprocess.run(
         [*command, "--cfg-options", f"train_dataloader.batch_size={4 // processes}"],
         capture_output=True,
@@ -146,6 +208,21 @@ def test_training_in_shards_is_resumed(folder):
     assert one["state_dict"].keys() == two["state_dict"].keys()
     assert_near(two["state_dict"].values(), one["state_dict"].values(), 1e-6)
     assert any((one["state_dict"][k] - value).any() for k, value in read(whole / "epoch_1.pth")["state_dict"].items())
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_swapped_backbones_have_no_parameter_without_a_gradient(folder, name):
+    packaged, text = PACKAGED[name]
+    (folder / f"{name}.py").write_text(text.format(base=resolve_config(packaged)))
+    swap = ["--backbone", "dinat_mini", "--checkpoint-backbone", "none", "--cfg-options", *SMALL_BACKBONE]
+    work = train(folder, 2, name, *swap, config=f"{name}.py")
+    cfg = Config.fromfile(next(work.glob("*.py")))
+    assert cfg.launcher == "pytorch" and not cfg.get("find_unused_parameters")
+    assert cfg.model_wrapper_cfg.find_unused_parameters is False
+    assert cfg.model.backbone.arch == "dinat_mini" and len(cfg.model.backbone.out_indices) < 4
+    first, second = (read(work / f"epoch_{number}.pth")["state_dict"] for number in (1, 2))
+    attention = [key for key in first if key.startswith("backbone.levels.") and "qkv.weight" in key]
+    assert len(attention) == 4 and not any(torch.equal(first[key], second[key]) for key in attention)
 
 
 def children(pid):

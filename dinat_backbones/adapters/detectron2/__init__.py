@@ -13,6 +13,7 @@ Works with Detectron2 built from source on a current torch, and with the wheel t
     backbone.py             the backbones and pyramids
     config.py               `MODEL.DINAT`; `with_backbone`, for any config
     checkpointer.py         `Checkpointer`
+    layer_decay.py          `get_lr_decay_rate`, for a LazyConfig
     data_checks.py          what a config expects of its data sets, checked before training
     maskformer_compat.py    Mask2Former: `get_config`, and what differs between its releases; needs Mask2Former
     trainer.py              Mask2Former's optimizer, data mappers and evaluators; needs Mask2Former
@@ -47,6 +48,7 @@ from .backbone import (
 )
 from .checkpointer import Checkpointer
 from .config import FURTHER_DEFAULTS, PUBLISHED_DEFAULTS, add_dinat_config, with_backbone
+from .layer_decay import get_lr_decay_rate
 
 _DEFAULT_SUPPORTED_OPS.update(TRACED_OPS)  # FlopCountAnalysis, Detectron2's analyze_model.py
 
@@ -64,5 +66,6 @@ __all__ = [
     "build_dinat_s_retinanet_fpn_backbone",
     "build_nat_fpn_backbone",
     "build_nat_retinanet_fpn_backbone",
+    "get_lr_decay_rate",
     "with_backbone",
 ]

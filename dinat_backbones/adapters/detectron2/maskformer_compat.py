@@ -17,8 +17,10 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
@@ -107,6 +109,23 @@ for _module in map(importlib.import_module, ("mask2former.modeling.criterion", "
 
 if "weight_dict" not in inspect.signature(maskformer_model.SetCriterion).parameters:
     maskformer_model.SetCriterion = _WeightDictCriterion
+
+
+class CocoInstanceMapper(mask2former.COCOInstanceNewBaselineDatasetMapper):  # type: ignore[misc]  # untyped
+    """Mask2Former's, for images without annotations (but for crowds), too, at which it stops."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """A training sample, or with `is_train` off an image to predict; see Mask2Former's."""
+        annotations = dataset_dict.get("annotations", ())
+        if not self.is_train or any(not annotation.get("iscrowd", 0) for annotation in annotations):
+            return super().__call__(dataset_dict)
+        sample = super().__call__({key: value for key, value in dataset_dict.items() if key != "annotations"})
+        height, width = sample["image"].shape[1:]
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.zeros(0, 4))
+        instances.gt_classes = torch.zeros(0, dtype=torch.int64)
+        instances.gt_masks = torch.zeros(0, height, width, dtype=torch.bool)
+        return sample | dict(instances=instances)
 
 
 def get_config(file: str | None = None, options: Sequence[Any] = ()) -> CfgNode:

@@ -27,7 +27,7 @@ from detectron2.utils import comm
 from ...optim import layer_scales
 from .checkpointer import Checkpointer
 from .data_checks import check_classes
-from .maskformer_compat import mask2former
+from .maskformer_compat import CocoInstanceMapper, mask2former
 from .resumable_loader import SeedSteps, build_loader
 
 # By INPUT.DATASET_MAPPER_NAME: Mask2Former's names, and "detectron2" for the mapper of Detectron2's own models
@@ -35,7 +35,7 @@ MAPPERS = {
     "mask_former_semantic": mask2former.MaskFormerSemanticDatasetMapper,
     "mask_former_panoptic": mask2former.MaskFormerPanopticDatasetMapper,
     "mask_former_instance": mask2former.MaskFormerInstanceDatasetMapper,
-    "coco_instance_lsj": mask2former.COCOInstanceNewBaselineDatasetMapper,
+    "coco_instance_lsj": CocoInstanceMapper,
     "coco_panoptic_lsj": mask2former.COCOPanopticNewBaselineDatasetMapper,
     "detectron2": DatasetMapper,
 }

@@ -195,9 +195,9 @@ class NatStage(Stage):
 
 
 class NatEncoder(nn.Module):
-    """All stages."""
+    """The first `built_stages` stages, or all of them."""
 
-    def __init__(self, config: NatConfig):
+    def __init__(self, config: NatConfig, built_stages: int | None = None):
         super().__init__()
         dilations: Any = [[1] * depth for depth in config.depths]
         if config.model_type == "dinat":
@@ -205,10 +205,11 @@ class NatEncoder(nn.Module):
         BackboneBase.check_arguments(config.depths, config.num_heads, dilations, -1)
         drop_path = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         self.levels = nn.ModuleList()
-        for i, (heads, stage) in enumerate(zip(config.num_heads, dilations, strict=True)):
+        built = len(config.depths) if built_stages is None else built_stages
+        for i, (heads, stage) in enumerate(zip(config.num_heads[:built], dilations[:built], strict=True)):
             dim = config.embed_dim * 2**i
             layers = [NatLayer(config, dim, heads, dilation, next(drop_path)) for dilation in stage]
-            downsample = ConvDownsampler(dim, nn.LayerNorm) if i + 1 < len(config.depths) else None
+            downsample = ConvDownsampler(dim, nn.LayerNorm) if i + 1 < built else None
             self.levels.append(NatStage(layers, downsample))
 
     def forward(self, x: torch.Tensor, output_attentions: bool = False):

@@ -1,6 +1,7 @@
 """The models that transformers published: bare, with a classifier, and as a backbone of other models."""
 
 import copy
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -205,16 +206,37 @@ class NatForImageClassification(NatPreTrainedModel):
 
 class NatBackbone(BackboneMixin, NatPreTrainedModel):
     """Feature maps ``[B, C_i, H_i, W_i]`` of `config.out_features`, each after its own norm, for detection and
-    segmentation models; `channels` lists the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32."""
+    segmentation models; `channels` lists the C_i. Strides are 4 for "stem" and "stage1", then 8, 16, 32.
+
+    Stages after the last of `out_features` are neither built nor computed: without a gradient they would stop
+    DistributedDataParallel. Their tensors in a file or state dict of the whole architecture are not unexpected."""
 
     def __init__(self, config: NatConfig):
         super().__init__(config)
         self.embeddings = NatEmbeddings(config)
-        self.encoder = NatEncoder(config)
+        self.built_stages = max(map(self.stage_names.index, self.out_features))  # 0 is the stem
+        self.encoder = NatEncoder(config, self.built_stages)
         self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]
         norms = zip(self.out_features, self.channels, strict=True)
         self.hidden_states_norms = nn.ModuleDict({stage: nn.LayerNorm(channels) for stage, channels in norms})
+        self._keys_to_ignore_on_load_unexpected = self._left_out()
         self.post_init()
+
+    def _left_out(self) -> set[str]:
+        """Patterns of the names of tensors that belong to the architecture, but to a part that `out_features` leaves
+        out: later stages, the way there, and the norms of outputs that nobody asked for."""
+        stages = [f"{i}.downsample" for i in range(self.built_stages)[-1:] if i + 1 < len(self.config.depths)]
+        stages += [str(i) for i in range(self.built_stages, len(self.config.depths))]
+        parts = [f"encoder.levels.{stage}." for stage in stages]
+        parts += [f"hidden_states_norms.{stage}." for stage in self.stage_names if stage not in self.out_features]
+        return {rf"(^|\.){re.escape(part)}" for part in parts}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        patterns = self._left_out()
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            if any(re.match(pattern, key[len(prefix) :]) for pattern in patterns):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -225,12 +247,13 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> BackboneOutput:
-        """Images ``[B, num_channels, H, W]`` of any size; the `hidden_states` are ``[B, H_i, W_i, C_i]``."""
+        """Images ``[B, num_channels, H, W]`` of any size; the `hidden_states` are ``[B, H_i, W_i, C_i]`` of the
+        stem and every built stage."""
         attentions, hidden = self._given_or_configured(
             output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
         _, states, weights = self.encoder(self.embeddings(pixel_values), attentions)
-        maps = zip(self.stage_names, states, strict=True)
+        maps = zip(self.stage_names[: len(states)], states, strict=True)
         return BackboneOutput(
             feature_maps=tuple(
                 self.hidden_states_norms[stage](state).permute(0, 3, 1, 2).contiguous()
