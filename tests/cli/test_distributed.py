@@ -239,7 +239,7 @@ def is_running(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_processes_end_after_their_parent_was_killed(folder):
-    """torchrun alone gets the signal; nobody goes on to write into the folder."""
+    """torchrun alone gets the signal; its processes end, and do not write into the folder any more."""
     (folder / "endless.py").write_text(
         "_base_ = ['config.py']\ntrain_cfg = dict(max_epochs=100000)\n"
         "default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True, max_keep_ckpts=1))\n"
