@@ -82,10 +82,22 @@ def try_family(family: str, arch: str = "dinat_mini") -> dict[str, Any]:
         try:
             train_and_predict(swapped)
         except Exception as error:
+            if not can_be_built(cfg):  # a fault of the packaged config, whatever its backbone
+                continue
             text = (str(error).strip().splitlines() or [""])[0][:200]
             return row | dict(result="fails", reason=f"{type(error).__name__}: {text}")
         return row | dict(result="trains", reason="")
     return refused or dict(family=family, config="", result="none", reason="no config of a model is packaged")
+
+
+def can_be_built(cfg: Config) -> bool:
+    """Whether the framework builds a packaged config's own model."""
+    try:
+        with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+            MODELS.build(copy.deepcopy(cfg.model))
+    except Exception:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------- a small model
