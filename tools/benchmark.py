@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """How fast the op and the backbones are, and how much memory they need, beside the baselines.
 
-    python tools/benchmark.py op|backbone|train-step|memory|growth|bf16|all [--quick] [--threads N] [--out FILE]
+    python tools/benchmark.py SUITE [--quick] [--threads N] [--out FILE]  (op, backbone, train-step, memory, growth,
+        compiled, bf16 or all)
     python tools/benchmark.py gpu [--dry-run] [--out FILE]
 
 Results are compared first (parity) and nothing is timed if they differ. Baselines run in the same process and take
@@ -29,7 +30,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torchvision
-from benchmarks import backbones, baselines, gpu, memory, op, plot  # noqa: F401
+from benchmarks import backbones, baselines, compiled, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
 from dinat_backbones.files import atomic_write
@@ -47,6 +48,7 @@ SUITES = {
     "memory": Suite(memory.memory_rows, (op.parity_op,)),
     "backbone": Suite(backbones.backbone_rows, (op.parity_op, backbones.parity_backbone)),
     "train-step": Suite(backbones.train_step_rows, (op.parity_op, backbones.parity_backbone)),
+    "compiled": Suite(compiled.compiled_rows, (op.parity_op, compiled.parity_compiled)),
     "bf16": Suite(backbones.bf16_rows, (op.parity_op, backbones.parity_bf16)),
 }
 

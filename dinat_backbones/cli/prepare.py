@@ -87,14 +87,35 @@ def panoptic_to_semantic(annotations: Path, source: Path, target: Path, workers:
 
     Raises:
         FileNotFoundError: an image is missing.
-        ValueError: an image with a segment that the annotations do not list, or more than 255 classes.
+        ValueError: annotations of another format, a segment that they do not list, or more than 255 classes.
     """
-    content = json.loads(annotations.read_text())
+    content = read_panoptic(annotations)
     labels = {category["id"]: i for i, category in enumerate(content["categories"])}
     if len(labels) > UNLABELLED:
         raise ValueError(f"{annotations} has {len(labels)} classes; expected at most {UNLABELLED}")
     left = [entry for entry in content["annotations"] if not (target / entry["file_name"]).exists()]
     parallel_map(partial(_semantic, source, target, labels), left, f"{target.name}", workers)
+
+
+def read_panoptic(path: Path) -> dict:
+    """Annotations in COCO's panoptic format; ValueError, naming the file, if they lack what label maps are made of."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); unpack it anew") from None
+    try:
+        known = {category["id"] for category in content["categories"]}
+        for entry in content["annotations"]:
+            name = entry["file_name"]
+            categories = {segment["id"]: segment["category_id"] for segment in entry["segments_info"]}
+            if unlisted := set(categories.values()) - known:
+                raise ValueError(f"{path}: {name} has segments of unlisted categories {sorted(unlisted)}")
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not in COCO's panoptic format ({type(error).__name__}: {error}); expected categories with ids, "
+            "and annotations with a file_name and segments_info"
+        ) from None
+    return content
 
 
 def _semantic(source: Path, target: Path, labels: dict[int, int], entry: dict) -> None:

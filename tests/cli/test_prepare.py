@@ -1,6 +1,7 @@
 """`dinat prepare` against brute force from the sources, and against the frameworks' own tables of classes."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -106,6 +107,26 @@ def test_foreign_images_are_refused_and_nothing_half_is_left(coco, run):
     message = run(coco.parent, "coco", code=1)
     assert "000001.png has the segments [197121], which its annotations do not list" in message
     assert {path.name for path in (coco / "panoptic_semseg_val2017").iterdir()} <= {"000000.png", "000002.png"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[: len(text) // 2], "is not JSON"),
+        (lambda text: text.replace('"annotations"', '"others"'), "is not in COCO's panoptic format .*annotations"),
+        (lambda text: text.replace('"file_name": "000000.png"', '"name": "x"'), "panoptic format .*file_name"),
+        (lambda text: text.replace('"category_id": 1', '"category_id": 99'), r"unlisted categories \[99\]"),
+        (lambda text: "[]", "is not in COCO's panoptic format"),
+    ],
+)
+def test_annotations_of_another_format_are_refused(coco, run, change, message):
+    path = coco / "annotations" / "panoptic_val2017.json"
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
+    stopped = run(coco.parent, "coco", code=1)
+    assert re.search(message, stopped) and str(path) in stopped
+    assert not (coco / "panoptic_semseg_val2017").exists()
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):

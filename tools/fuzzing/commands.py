@@ -85,6 +85,7 @@ COMMANDS = {
         "mmseg.py mmseg.pth data/val/000000.jpg",
     ),
 }
+FORCE = {"convert": "--force", "shapes": "--replace"}  # what replaces results
 SLOW = ("train", "test", "config")  # seconds, of which there are fewer cases
 WORDS = ("", "-1", "0", "abc", "1e99", "nan", "nothing.py", "--nothing", "é" * 300, "*", "{}", "dinat_huge", "[1, 2]")
 # Lines at the end of a config, each wrong in a way that can be told before anything is computed.
@@ -335,8 +336,9 @@ def try_one(seed: int, good: Path, folder: Path) -> str:
     finally:
         with inside(folder):
             fault.mend()
-    force = ["--force"] if outcome == "succeeded" and name.startswith("convert") else []
-    status, said = status_of([*words.split(), *force], folder)
+    force = next((word for start, word in FORCE.items() if name.startswith(start)), None)
+    again = [*words.split(), force] if outcome == "succeeded" and force else words.split()
+    status, said = status_of(again, folder)
     assert status == 0, f"{name}, again after {fault.description}: status {status}, {said[-1500:]}"
     check_files(folder / "out")
     shutil.rmtree(folder)
