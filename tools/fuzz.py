@@ -21,7 +21,7 @@ import sys
 from fuzzing.core import Session
 
 # Share of the time that each gets of `all`.
-TARGETS = {"op": 0.16, "files": 0.15, "sanitizers": 0.05, "memory": 0.07, "commands": 0.1, "kills": 0.47}
+TARGETS = {"op": 0.2, "files": 0.1, "sanitizers": 0.2, "memory": 0.1, "commands": 0.15, "kills": 0.25}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,6 +20,12 @@ def test_calls(capsys):
     assert "op: 40 cases (seeds 0 to 39), 0 failures" in capsys.readouterr().out
 
 
+def test_preparations_that_take_all_the_time_leave_a_case(capsys):
+    session = Session("op", seconds=0.0)
+    session.try_each(lambda seed: "right")
+    assert session.summary() == "op: 1 cases (seeds 0 to 0), 0 failures; 1 right"
+
+
 def test_float64_is_that_of_the_reference_backend():
     """Two computations that share no code, within what float64 rounds."""
     for seed in range(20):

@@ -15,7 +15,7 @@ class Session:
 
     Attributes:
         target: its name on the command line.
-        seconds: how long to go on; a case that has begun is finished.
+        seconds: how long to go on; a case that has begun is finished, and there is at least one.
         seed: the number of the first case; case n depends on n alone.
         count: how many cases at most, None for as many as fit into the time.
     """
@@ -36,7 +36,7 @@ class Session:
     def seeds(self) -> Iterable[int]:
         """The numbers of the cases, until time or count are used up."""
         while not self.stopped and (self.count is None or self.done < self.count):
-            if time.monotonic() - self._begin > self.seconds:
+            if self.done and time.monotonic() - self._begin > self.seconds:
                 break
             yield self.seed + self.done
             self.done += 1
