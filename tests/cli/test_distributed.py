@@ -123,7 +123,20 @@ PACKAGED = {
     "detr": ("mmdet::detr/detr_r50_8xb2-150e_coco.py", DETECTOR),
     "pspnet": ("mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py", SEGMENTOR),
 }
-SMALL_BACKBONE = ["model.backbone.depths=[1,1,1,1]", "model.backbone.dilations=[[1],[1],[1],[1]]"]
+# One start of two processes for all of them, which takes longer than their steps.
+TRAIN_EACH = """
+import sys
+
+from dinat_backbones import cli
+
+for name in sys.argv[1:]:
+    cli.main(
+        ["train", f"{name}.py", "--work-dir", name, "--launcher", "pytorch"]
+        + ["--backbone", "dinat_mini", "--checkpoint-backbone", "none", "--cfg-options"]
+        + ["model.backbone.depths=[1,1,1,1]", "model.backbone.dilations=[[1],[1],[1],[1]]"]
+        + ["train_dataloader.batch_size=2"]
+    )
+"""
 
 
 TWO_EPOCHS = f"""
@@ -141,7 +154,6 @@ def folder(tmp_path_factory):
     (folder / "config.py").write_text(ONE_STEP)
     (folder / "start_hook.py").write_text(START_HOOK)
     (folder / "with_start.py").write_text(WITH_START)
-    (folder / "fsdp.py").write_text(f"_base_ = ['config.py', '{ROOT}/configs/_base_/fsdp.py']")
     (folder / "two_epochs.py").write_text(TWO_EPOCHS)
     return folder
 
@@ -152,19 +164,41 @@ def parallel(folder):
     return train(folder, 2, "parallel")
 
 
+@pytest.fixture(scope="module")
+def sharded(folder):
+    """The work folder of two epochs of two processes with FSDP."""
+    return train(folder, 2, "two_epochs", config="two_epochs.py")
+
+
+@pytest.fixture(scope="module")
+def swapped(folder):
+    """Folder with a work folder for each of `PACKAGED`."""
+    for name, (packaged, text) in PACKAGED.items():
+        (folder / f"{name}.py").write_text(text.format(base=resolve_config(packaged)))
+    (folder / "train_each.py").write_text(TRAIN_EACH)
+    start(folder, 2, "train_each.py", *PACKAGED)
+    return folder
+
+
 def train(folder, processes, name, *words, config="config.py"):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     launcher = ["--launcher", "pytorch"] * (processes > 1)
-    command = [sys.executable, *launch, "-m", "dinat_backbones", "train", config, "--work-dir", name, *launcher, *words]
+    batch = f"train_dataloader.batch_size={4 // processes}"
+    command = ["-m", "dinat_backbones", "train", config, "--work-dir", name, *launcher, *words, "--cfg-options", batch]
+    start(folder, processes, *command)
+    return folder / name
+
+
+def start(folder, processes, *command):
+    """Run a Python command in so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
     run = subprocess.run(
-        [*command, "--cfg-options", f"train_dataloader.batch_size={4 // processes}"],
+        [sys.executable, *launch, *command],
         capture_output=True,
         text=True,
         cwd=folder,
         env=environment(folder, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-3000:]
-    return folder / name
 
 
 def weights(folder):
@@ -172,8 +206,9 @@ def weights(folder):
 
 
 def loss(folder):
+    """Of the first step."""
     (file,) = folder.glob("*/vis_data/scalars.json")
-    return json.loads(file.read_text().splitlines()[-1])["loss"]
+    return json.loads(file.read_text().splitlines()[0])["loss"]
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(folder, parallel):
@@ -188,34 +223,29 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(folder, pa
     assert sum(bool(step.any()) for step, _ in steps.values()) > 0.9 * len(steps)
 
 
-def test_training_in_shards(folder, parallel):
-    """FSDP does the same step, and its checkpoint is a file as any other's."""
-    sharded = train(folder, 2, "sharded", config="fsdp.py")
+def test_training_in_shards(parallel, sharded):
+    """FSDP has the same loss, and its checkpoint is a file as any other's."""
     assert loss(parallel) == pytest.approx(loss(sharded), rel=1e-5)
     assert read(sharded / "epoch_1.pth")["state_dict"].keys() == weights(parallel).keys()
 
 
-def test_training_in_shards_is_resumed(folder):
+def test_training_in_shards_is_resumed(folder, sharded):
     """The second epoch with the optimizer of the first, which AdamW's step depends on."""
-    whole = train(folder, 2, "two_epochs", config="two_epochs.py")
     resumed = folder / "resumed"
     resumed.mkdir()
-    shutil.copy(whole / "epoch_1.pth", resumed)
+    shutil.copy(sharded / "epoch_1.pth", resumed)
     (resumed / "last_checkpoint").write_text(str(resumed / "epoch_1.pth"))
     train(folder, 2, "resumed", "--resume", config="two_epochs.py")
-    one, two = (read(run / "epoch_2.pth") for run in (whole, resumed))
+    one, two = (read(run / "epoch_2.pth") for run in (sharded, resumed))
     assert one["meta"]["epoch"] == two["meta"]["epoch"] == 2
     assert one["state_dict"].keys() == two["state_dict"].keys()
     assert_near(two["state_dict"].values(), one["state_dict"].values(), 1e-6)
-    assert any((one["state_dict"][k] - value).any() for k, value in read(whole / "epoch_1.pth")["state_dict"].items())
+    assert any((one["state_dict"][k] - value).any() for k, value in read(sharded / "epoch_1.pth")["state_dict"].items())
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_swapped_backbones_have_no_parameter_without_a_gradient(folder, name):
-    packaged, text = PACKAGED[name]
-    (folder / f"{name}.py").write_text(text.format(base=resolve_config(packaged)))
-    swap = ["--backbone", "dinat_mini", "--checkpoint-backbone", "none", "--cfg-options", *SMALL_BACKBONE]
-    work = train(folder, 2, name, *swap, config=f"{name}.py")
+def test_swapped_backbones_have_no_parameter_without_a_gradient(swapped, name):
+    work = swapped / name
     cfg = Config.fromfile(next(work.glob("*.py")))
     assert cfg.launcher == "pytorch" and not cfg.get("find_unused_parameters")
     assert cfg.model_wrapper_cfg.find_unused_parameters is False
