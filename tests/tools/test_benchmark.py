@@ -81,6 +81,24 @@ def test_gpu_suite_without_gpu(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_memory_of_training_steps(monkeypatch):
+    peaks = {"DiNAT-Tiny": 100.0, "torchvision Swin-T": 200.0, "torchvision ConvNeXt-T": 50.0}
+    monkeypatch.setattr(benchmark.memory, "can_measure", lambda: True)
+    monkeypatch.setattr(benchmark.memory, "in_fresh_process", lambda function, model, *arguments: peaks[model])
+    rows = benchmark.memory.training_rows(benchmark.Bench(benchmark.TINY, 1, 1))
+    assert [(row.against, row.ratio, row.passed) for row in rows] == [
+        ("torchvision Swin-T", 0.5, True),
+        ("torchvision ConvNeXt-T", 2.0, None),
+    ]
+
+
+def test_sizes_of_the_recipe():
+    sizes = benchmark.compiled.recipe_sizes(benchmark.Bench(benchmark.Sizes(), 1, 1))
+    assert len(sizes) == 40 and all(side % 32 == 0 for size in sizes for side in size)
+    assert min(min(size) for size in sizes) >= 480 and max(max(size) for size in sizes) <= 1344
+    assert {height > width for height, width in sizes} == {True, False}
+
+
 def test_bf16_says_why_there_is_no_bar(monkeypatch):
     monkeypatch.setattr(benchmark.backbones, "bf16_instructions", list)
     row = benchmark.Row("x", 1.0, "fp32", 2.0, 2.0)
