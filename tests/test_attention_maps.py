@@ -9,6 +9,7 @@ from PIL import Image
 
 from dinat_backbones import DiNAT, create_classifier
 from dinat_backbones.attention_maps import attention_maps, recorded_attention
+from dinat_backbones.cli import attend
 from helpers import ROOT, environment, fill_by_name
 
 SMALL = dict(embed_dim=16, depths=[2, 1], num_heads=[2, 2], mlp_ratio=2.0, kernel_size=3, dilations=[[1, 4], [2]])
@@ -117,3 +118,12 @@ def test_command(tmp_path):
     (left, top), (right, bottom) = (min(green), max(green))
     assert abs((left + right) / 2 - 240 * 100 / 448) < 5 and abs((top + bottom) / 2 - 240 * 150 / 224) < 5
     assert "has 448 x 224 pixels" in run(*words, "--at", "448,0", "--out", tmp_path / "out.png").stderr
+
+
+@pytest.mark.parametrize("name", ["out", "out.txt", "folder.d/0"])
+def test_a_drawing_has_the_ending_of_an_image(capsys, name):
+    words = ["image.png", "--classifier", "dinat_mini", "--checkpoint", "file.pth", "--at", "1,1", "--out", name]
+    with pytest.raises(SystemExit) as stopped:
+        attend.main(words)
+    assert stopped.value.code == 2
+    assert f"argument --out: '{name}' does not end as a format of images does" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind.add_argument("--classifier", help="a published classifier")
     parser.add_argument("--checkpoint", required=True, help="file or http(s) address")
     parser.add_argument("--at", type=_point, required=True, metavar="X,Y", help="the pixel, from the upper left corner")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, an image")
+    parser.add_argument("--out", type=_image_file, required=True, help="file to write, an image")
     parser.add_argument("--device", type=device_name, help="default: cuda if there is one, else cpu")
     args = parser.parse_args(arguments)
     if not args.image.is_file():
@@ -63,6 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with atomic_write(args.out) as partial:
         drawing.save(partial)
     print(f"{args.out} is written")
+
+
+def _image_file(text: str) -> Path:
+    from PIL import Image
+
+    path = Path(text)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end as a format of images does, such as .png")
+    return path
 
 
 def _point(text: str) -> tuple[int, int]:
