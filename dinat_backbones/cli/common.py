@@ -21,6 +21,13 @@ def stop(message: str) -> NoReturn:
     sys.exit(f"{sys.argv[0]}: {message}")
 
 
+def positive(text: str) -> int:
+    """For argparse: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
 def device_name(text: str) -> str:
     """For argparse: the name of a device that torch has here, such as cpu or cuda:1."""
     import torch

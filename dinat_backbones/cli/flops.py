@@ -32,7 +32,7 @@ from torch import nn
 
 from .. import create_classifier, zoo
 from ..ops.flops import count_macs
-from .common import load_config, stop
+from .common import load_config, positive, stop
 from .config import add_backbone_options, with_backbone_written
 
 TOLERANCE, TOLERANCE_CLASSIFIER = 0.002, 0.01
@@ -233,7 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME|CONFIG", help="names of published models, config files")
     parser.add_argument("--all", action="store_true", help="all published models")
-    parser.add_argument("--size", nargs=2, type=int, metavar=("WIDTH", "HEIGHT"), help="instead of the published size")
+    parser.add_argument(
+        "--size", nargs=2, type=positive, metavar=("WIDTH", "HEIGHT"), help="instead of the published size"
+    )
     add_backbone_options(parser)
     args = parser.parse_args(arguments)
     if bool(args.models) == args.all:

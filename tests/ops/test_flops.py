@@ -113,6 +113,8 @@ def test_differences_are_reported():
         (["mask_rcnn_dinat_minni"], "mask_rcnn_dinat_minni is neither a config file nor one of: nat_mini, "),
         ([], "give either models or --all"),
         (["mask_rcnn_dinat_mini", "--all"], "give either models or --all"),
+        (["mask_rcnn_dinat_mini", "--size", "160", "-1"], "'-1': expected a whole number of at least 1"),
+        (["mask_rcnn_dinat_mini", "--size", "160", "0"], "'0': expected a whole number of at least 1"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):
