@@ -72,7 +72,8 @@ class ConvDownsampler(nn.Module):
         x = x.permute(0, 3, 1, 2)
         if torch.compiler.is_dynamo_compiling():
             # Inductor saves the convolution's input for the backward pass, and fails to order the strides of a saved
-            # view if they are open; a copy is not a view, and is fused into the operation that computes `x`.
+            # view if they are open. A product is no view, and costs nothing: it is fused into what computes `x`.
+            # `clone` would not do, since Inductor removes it.
             x = x * 1
         x = self.norm(self.reduction(x).permute(0, 2, 3, 1))
         return x

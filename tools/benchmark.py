@@ -33,6 +33,7 @@ import torchvision
 from benchmarks import backbones, baselines, compiled, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
+from dinat_backbones.cli.common import positive
 from dinat_backbones.files import atomic_write
 from dinat_backbones.ops import BACKENDS
 
@@ -72,20 +73,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"benchmark.py: {message}\n")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=[*SUITES, "all", "gpu"])
-    parser.add_argument("--rounds", type=_positive, help="turns of every baseline (default: 5; with --quick 3)")
+    parser.add_argument("--rounds", type=positive, help="turns of every baseline (default: 5; with --quick 3)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--tiny", action="store_true", help="tiny maps, to try the program; the figures mean nothing")
     parser.add_argument("--dry-run", action="store_true", help="gpu suite: run all of it on a CPU, at tiny sizes")
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("work_dirs/benchmark.json"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     if options.suite == "gpu" and not (options.dry_run or torch.cuda.is_available()):
