@@ -135,7 +135,9 @@ def validate(name: str, args: argparse.Namespace) -> Tally:
     row = ROWS[name]
     dataset = find_images(args.folder, row, args.checkpoint is not None)
     state = args.state / f"{name}-{_fingerprint(name, args, dataset)}.json"
-    tally = Tally() if args.force else read_state(state)
+    if args.force:
+        state.unlink(missing_ok=True)
+    tally = read_state(state)
     if tally.done == len(dataset):
         print(f"{name}: counted before ({state}; --force counts anew)", flush=True)
         return tally
@@ -152,9 +154,10 @@ def validate(name: str, args: argparse.Namespace) -> Tally:
     )
     try:
         _count(name, model, loader, tally, state, device, args.amp)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # between counting a batch and writing it, too: what the file has is what continues
+        command = "the same command without --force" if args.force else "the same command"
         sys.exit(
-            f"\n{name}: stopped after {tally.done} of {len(dataset)} images; the same command continues from there"
+            f"\n{name}: stopped after {read_state(state).done} of {len(dataset)} images; {command} continues from there"
         )
     return tally
 

@@ -122,6 +122,28 @@ def test_counts_as_by_hand_and_goes_on(tool, folder, checkpoint, expected, tmp_p
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_interruption_around_writing_names_what_was_written(tool, folder, checkpoint, tmp_path, monkeypatch, after):
+    write = validate.write_state
+
+    def interrupted(path, tally):
+        if tally.done < 10 or after:
+            write(path, tally)
+        if tally.done == 10:
+            raise KeyboardInterrupt
+
+    words = [folder, MODEL, "--checkpoint", checkpoint, "--state", tmp_path, "--batch-size", 5, "--workers", 0]
+    assert tool(*words) is None
+    monkeypatch.setattr(validate, "write_state", interrupted)
+    message = tool(*words, "--force")
+    (state,) = states(tmp_path).values()
+    assert state["done"] == (10 if after else 5)
+    assert f"stopped after {state['done']} of 18 images; the same command without --force continues" in message
+    # a count anew that is interrupted before its first batch does not fall back to the old count
+    monkeypatch.setattr(validate, "_count", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "stopped after 0 of 18 images" in tool(*words, "--force") and not states(tmp_path)
+
+
 def test_killed_run_leaves_a_whole_state(tool, folder, checkpoint, expected, tmp_path):
     code = f"from dinat_backbones.cli import validate{SMALL}"
     code += "validate.create_classifier = small\nvalidate.main()"
