@@ -5,6 +5,7 @@ torch nor Python headers, so one build serves every torch and Python version. Wi
 on.
 """
 
+import contextlib
 import glob
 import os
 import shutil
@@ -15,6 +16,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
+from setuptools.errors import CompileError
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -32,6 +34,8 @@ if X86:
         ("avx2", 8, ["-mavx2", "-mfma"], ["/arch:AVX2"]),
         ("avx512", 16, AVX512, ["/arch:AVX512"]),
     ]
+# Products of bfloat16, which GCC knows from 10 on and Clang from 9 on; without them bfloat16 is widened.
+BF16_PRODUCTS = ["-mavx512bf16"] if X86 else []
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/EHsc"]
 
@@ -51,11 +55,16 @@ class BuildKernel(build_ext):
                 extra_postargs=(MSVC_FLAGS if msvc else FLAGS) + flags,
             )
 
-        x86 = [("NA2D_X86", "1")] if X86 else []
-        objects = compile_("na2d.cpp", [], x86)
+        objects, available = [], [("NA2D_X86", "1")] if X86 else []
         for name, lanes, unix_flags, msvc_flags in INSTRUCTION_SETS:
             macros = [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))]
             objects += compile_("kernel.cpp", msvc_flags if msvc else unix_flags, macros, folder=name)
+        if BF16_PRODUCTS and not msvc:
+            macros = [("NA2D_ISA", "avx512_bf16"), ("NA2D_LANES", "16"), ("NA2D_BF16_PRODUCTS", "1")]
+            with contextlib.suppress(CompileError):
+                objects += compile_("kernel.cpp", AVX512 + BF16_PRODUCTS, macros, folder="avx512_bf16")
+                available.append(("NA2D_AVX512_BF16", "1"))
+        objects += compile_("na2d.cpp", [], available)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=[] if msvc else ["-pthread"]
         )

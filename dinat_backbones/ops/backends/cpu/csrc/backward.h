@@ -23,6 +23,7 @@ struct Backward {
   float *grad_queries, *grad_keys, *grad_values;     // pixels
   int64_t flushed;
   Gather sums;
+  std::vector<char> whole_windows;  // of every vector, see `regular`
 
   static int64_t query_begin(const Na2dProblem& p, const Columns& columns, const Item& item) {
     int64_t begin = item.column_begin;
@@ -40,7 +41,7 @@ struct Backward {
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
     const int64_t K = p.kernel, span = 2 * K - 1, ring = kRows + K - 1;
     const int64_t queries = std::min(p.width, columns + 2 * (K - 1) * p.dilation + L);
-    const int64_t keys = Tile<T>::key_columns(p, queries), planes = round_up(p.dim, kDimPad), dims = round_up(p.dim, L);
+    const int64_t keys = Tile<T>::key_columns(p, queries), planes = plane_rows<T>(p), dims = round_up(p.dim, L);
     const int64_t ld = leading(queries + 3 * L);
     return Tile<T>::floats(p, queries) + ring * (planes * leading(keys + 3 * L) + dims * keys) +
            kRows * (planes * ld + 2 * dims * queries) + kRows * (2 * K * span + 1) * ld + (kRows + 2 * ring) * dims * columns +
@@ -65,6 +66,7 @@ struct Backward {
     std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
     table = tile.allocate(scratch, tile.span * tile.span * L);
     std::fill(table, table + tile.span * tile.span * L, 0.f);
+    for (int64_t v = 0; v < tile.vectors; ++v) whole_windows.push_back(regular(v));
   }
 
   // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
@@ -100,11 +102,36 @@ struct Backward {
 
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
 
+  // Whether every key that the queries of a vector attend to has whole windows of queries to both sides.
+  bool regular(int64_t v) const {
+    const Range& reach = tile.ranges[v];
+    const int64_t x = tile.begin + v * L;
+    return (x + reach.low * p.dilation) / p.dilation >= tile.K && (x + L - 1) / p.dilation + reach.high < p.width / p.dilation - tile.K;
+  }
+
+  // Weights become pairs in place, for `scatter`: of two queries that attend to the same key, with delta and delta - 1.
+  void pair_queries(float* weights) const {
+    const int64_t K = tile.K, half = K / 2, stop = tile.vectors * L;
+    for (int64_t r = 0; r < tile.rows; ++r)
+      for (int64_t i = 0; i < K; ++i)
+        for (int64_t delta = K - 1; delta > -K; --delta) {
+          float* const row = weights + tile.logit_index(r, i, delta, ld);
+          for (int64_t v = 0; v < tile.vectors; ++v) {
+            const Range& reach = tile.ranges[v];
+            if (delta < reach.low || delta > reach.high) continue;
+            if (delta < half && (delta + half) % 2 == 0 && whole_windows[v]) continue;
+            const int64_t next = v * L + p.dilation;
+            const bool has_next = delta > 1 - K && next < stop;
+            store(row + v * L, round_to_pairs(load(row + v * L), has_next ? load(row - ld + next) : Vec{}));
+          }
+        }
+  }
+
   // target[key row][column][dim] += sum over the queries of the tile that attend to the key of weight * source: the transpose
   // of Tile::combine.
   void scatter(const float* weights, const PixelRows<T>& source, float* target) {
     const int64_t x = item.column_begin - tile.begin;
-    sums.dims = dims;
+    sums.dims = dims, sums.pair_step = 1;
     sums.column_step = source.column_step, sums.pixel_step = -p.dilation * source.column_step, sums.weight_step = ld - p.dilation;
     const int64_t stop = std::min(tile.stop(), item.row_end);
     for (int64_t k = std::max(tile.start(tile.row), item.row_begin); k < stop; k += kRows) {
@@ -120,7 +147,7 @@ struct Backward {
       }
       for (int64_t a = 0; a < sums.rows; ++a) sums.targets[a] = target + tile.slot(k + a) * own_row;
       const int64_t at = item.column_begin;
-      gather(sums, 0, own_columns, tile.columns.key_low + at, tile.columns.key_high + at, true);
+      gather<kPairs<T>>(sums, 0, own_columns, tile.columns.key_low + at, tile.columns.key_high + at, true);
     }
   }
 
@@ -152,15 +179,18 @@ struct Backward {
         grad_out.fetch(r, tile.map_row(row + r));
       }
       tile.product(tile.queries, tile.keys, logits, ld, 0, tile.vectors);
-      tile.softmax(logits, inverse, ld, 0, tile.vectors);
+      tile.template softmax<false>(logits, inverse, ld, 0, tile.vectors);
       tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);
       softmax_gradient();
+      if constexpr (kPairs<T>) pair_queries(logits);
+      scatter(logits, grad_out, grad_values);
       if (row < item.row_end && row + tile.rows > item.row_begin) {
-        tile.combine(sums, grad_logits, ld, 0, keys, grad_queries, own_row, own_from, own_to);
+        if constexpr (kPairs<T>) tile.pair_neighbors(grad_logits, logits, ld, own_from, own_to);
+        tile.combine(sums, kPairs<T> ? logits : grad_logits, ld, 0, keys, grad_queries, own_row, own_from, own_to);
         for (int64_t r = 0; r < tile.rows; ++r)
           if (owns(row + r)) store_gradient(p.grad_query, row + r, p.scale, grad_queries + r * own_row);
       }
-      scatter(logits, grad_out, grad_values);
+      if constexpr (kPairs<T>) pair_queries(grad_logits);
       scatter(grad_logits, queries, grad_keys);
       flush(row + tile.rows < stop ? tile.start(row + tile.rows) : item.row_end);
     }

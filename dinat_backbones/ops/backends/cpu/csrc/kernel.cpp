@@ -16,6 +16,13 @@ namespace na2d {
 namespace {
 
 template <class T>
+int64_t forward_floats_of(const Na2dProblem& p, int64_t columns) {
+  const int64_t K = p.kernel, dims = round_up(p.dim, L);
+  return Tile<T>::floats(p, columns) + (kRows + K - 1) * Tile<T>::key_columns(p, columns) * dims +
+         kRows * ((K * (2 * K - 1) + 1) * leading(kGroup * L) + kGroup * L * dims);
+}
+
+template <class T>
 void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   Tile<T> tile(p, columns, item, item.column_begin, item.column_end, scratch);
   const int64_t ld = leading(kGroup * L), out_row = kGroup * L * tile.vector_dims;
@@ -29,7 +36,7 @@ void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item
     for (int64_t from = 0; from < tile.vectors; from += kGroup) {
       const int64_t to = std::min(from + kGroup, tile.vectors), x = tile.begin + from * L;
       tile.product(tile.queries, tile.keys, logits, ld, from, to);
-      tile.softmax(logits, inverse, ld, from, to);
+      tile.template softmax<kPairs<T>>(logits, inverse, ld, from, to);
       tile.combine(sums, logits, ld, from, values, out, out_row, from, to);
       for (int64_t r = 0; r < tile.rows; ++r)
         store_row<T>(p.out, p, item.batch, tile.map_row(row + r), item.head, x, std::min(x + kGroup * L, tile.end), 1,
@@ -38,27 +45,41 @@ void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item
   }
 }
 
-int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
-  const int64_t K = p.kernel, dims = round_up(p.dim, L);
-  return Tile<float>::floats(p, columns) + (kRows + K - 1) * Tile<float>::key_columns(p, columns) * dims +
-         kRows * ((K * (2 * K - 1) + 1) * leading(kGroup * L) + kGroup * L * dims);
+#if defined(NA2D_BF16_PRODUCTS)
+// float32 has no pairs: its kernels are those of the instruction set without them.
+constexpr const Kernels& float32 = avx512;
+#else
+void forward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
+  forward_item<float>(p, columns, item, scratch);
 }
+void backward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
+  Backward<float>(p, columns, item, scratch).run(grad_rpb);
+}
+int64_t backward_floats_float32(const Na2dProblem& p, int64_t columns) { return Backward<float>::floats(p, columns); }
+constexpr Kernels float32 = {forward_float32, backward_float32, forward_floats_of<float>, backward_floats_float32, ""};
+#endif
 
 void forward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   if (p.bf16)
     forward_item<Half>(p, columns, item, scratch);
   else
-    forward_item<float>(p, columns, item, scratch);
+    float32.forward(p, columns, item, scratch);
 }
 
 void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
   if (p.bf16)
     Backward<Half>(p, columns, item, scratch).run(grad_rpb);
   else
-    Backward<float>(p, columns, item, scratch).run(grad_rpb);
+    float32.backward(p, columns, item, scratch, grad_rpb);
 }
 
-int64_t backward_floats(const Na2dProblem& p, int64_t columns) { return Backward<float>::floats(p, columns); }
+int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
+  return p.bf16 ? forward_floats_of<Half>(p, columns) : float32.forward_floats(p, columns);
+}
+
+int64_t backward_floats(const Na2dProblem& p, int64_t columns) {
+  return p.bf16 ? Backward<Half>::floats(p, columns) : float32.backward_floats(p, columns);
+}
 
 #define NA2D_TEXT_(x) #x
 #define NA2D_TEXT(x) NA2D_TEXT_(x)

@@ -29,6 +29,16 @@ inline void transpose(Vec* rows) {  // an L x L block in place
 
 typedef uint16_t Half;  // a bfloat16's bits
 
+template <class T>
+constexpr bool kPairs = kBf16Products && sizeof(T) == sizeof(Half);
+// Dims per lane of a plane, [dim][column].
+template <class T>
+constexpr int kLaneDims = kPairs<T> ? 2 : 1;
+template <class T>
+inline int64_t plane_rows(const Na2dProblem& p) {
+  return round_up(round_up(p.dim, kLaneDims<T>) / kLaneDims<T>, kDimPad);
+}
+
 inline float widen(float x) { return x; }
 inline float widen(Half x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -50,34 +60,60 @@ inline void store_narrow(Half* out, Vec x) {
   store_narrowed(out, as_uint(select(x == x, as_float(rounded), as_float(splat(0x7fc0u)))));
 }
 
-// Row `y` of one head: columns [begin, end) times `factor` to out[dim][column - begin], dims padded with zeros.
+// Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
+template <class T>
+inline void prefetch_pixel(const T* pixel, int64_t dims) {
+  for (int64_t d = 0; d < dims; d += 64 / sizeof(T)) prefetch(pixel + d);
+}
+
+// Lanes of a plane from neighboring dims; pairs are not multiplied by the factor.
+template <class T>
+inline Vec load_lanes_of(const T* source, float factor) {
+  if constexpr (kPairs<T>)
+    return load(reinterpret_cast<const float*>(source));
+  else
+    return load_as_float(source) * splat(factor);
+}
+// One of them, where dims are `step` elements apart and `left` are left.
+template <class T>
+inline float lane_of(const T* source, int64_t step, [[maybe_unused]] int64_t left, float factor) {
+  if constexpr (kPairs<T>) {
+    const uint32_t bits = source[0] | (left > 1 ? uint32_t(source[step]) << 16 : 0);
+    float pair;
+    std::memcpy(&pair, &bits, 4);
+    return pair;
+  } else {
+    return widen(source[0]) * factor;
+  }
+}
+
+// Row `y` of one head: columns [begin, end) times `factor` to out[lane of dims][column - begin], padded with zeros.
 template <class T>
 void pack(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
           float factor, float* out, int64_t ld) {
   const T* base = static_cast<const T*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3];
-  const int64_t dx = view.stride[2], dd = view.stride[4], dims = round_up(p.dim, kDimPad);
+  const int64_t dx = view.stride[2], dd = view.stride[4], rows = plane_rows<T>(p);
+  constexpr int kDims = kLaneDims<T>;
   for (int64_t x = begin; x < end; x += L) {
     const int64_t nx = std::min<int64_t>(L, end - x);
-    // Pixels are far apart in a fused qkv, too far for the hardware to see the stream.
-    for (int64_t i = 0; i < L; ++i)
-      for (int64_t d = 0; d < p.dim; d += 64 / sizeof(T)) prefetch(base + (x + kPrefetch + i) * dx + d);
-    for (int64_t d = 0; d < dims; d += L) {
-      const int64_t nd = std::min<int64_t>(L, p.dim - d);
-      const T* source = base + x * dx + d * dd;
+    for (int64_t i = 0; i < L; ++i) prefetch_pixel(base + (x + kPrefetch + i) * dx, p.dim);
+    for (int64_t row = 0; row < rows; row += L) {
+      const int64_t nd = std::min<int64_t>(L * kDims, p.dim - row * kDims);
+      const T* source = base + x * dx + row * kDims * dd;
       Vec block[L];
-      if (nx == L && nd == L && dd == 1) {
+      if (nx == L && nd == L * kDims && dd == 1) {
         NA2D_UNROLL(16)
-        for (int i = 0; i < L; ++i) block[i] = load_as_float(source + i * dx) * splat(factor);
+        for (int i = 0; i < L; ++i) block[i] = load_lanes_of(source + i * dx, factor);
       } else {
         float part[L * L] = {};
         for (int64_t i = 0; i < nx; ++i)
-          for (int64_t j = 0; j < nd; ++j) part[i * L + j] = widen(source[i * dx + j * dd]) * factor;
+          for (int64_t j = 0; j < nd; j += kDims) part[i * L + j / kDims] = lane_of(source + i * dx + j * dd, dd, nd - j, factor);
         NA2D_UNROLL(16)
         for (int i = 0; i < L; ++i) block[i] = load(part + i * L);
       }
-      float* target = out + d * ld + (x - begin);  // may touch the right pad, with zeros
+      float* target = out + row * ld + (x - begin);  // may touch the right pad, with zeros
       transpose(block);
-      if (dims - d >= L) {
+      if (rows - row >= L) {
         NA2D_UNROLL(16)
         for (int i = 0; i < L; ++i) store(target + i * ld, block[i]);
       } else {
@@ -96,10 +132,35 @@ void load_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, 
                    begin * view.stride[2];
   const int64_t dd = view.stride[4];
   for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
+    prefetch_pixel(pixel + kPrefetch * view.stride[2], p.dim);
     int64_t d = 0;
     if (dd == 1)
       for (; d + L <= p.dim; d += L) store(out + d, load_as_float(pixel + d));
     for (; d < p.dim; ++d) out[d] = widen(pixel[d * dd]);
+    for (; d < dims; ++d) out[d] = 0;
+  }
+}
+
+// The same in pairs: the low halves are those of the column, the high halves those of the column `step` further, zeros behind
+// the end.
+inline void load_row_pairs(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
+                           int64_t step, float* out, int64_t dims) {
+  const Half* pixel = static_cast<const Half*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
+                      begin * view.stride[2];
+  const int64_t dd = view.stride[4], further = step * view.stride[2];
+  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
+    const bool last = x + step >= end;
+    prefetch_pixel(pixel + kPrefetch * view.stride[2], p.dim);
+    int64_t d = 0;
+    if (dd == 1)
+      for (; d + L <= p.dim; d += L) {
+        const UintVec low = load_widened(pixel + d), high = last ? UintVec{} : load_widened(pixel + further + d);
+        store(out + d, as_float(low | high << 16));
+      }
+    for (; d < p.dim; ++d) {
+      const uint32_t bits = pixel[d * dd] | (last ? 0 : uint32_t(pixel[further + d * dd]) << 16);
+      std::memcpy(out + d, &bits, 4);
+    }
     for (; d < dims; ++d) out[d] = 0;
   }
 }

@@ -17,7 +17,8 @@ struct Range {
   int64_t low, inner_low, inner_high, high;
 };
 
-// Rows of one head as float32 pixels, [column][dim]: read where they are if they are that, else from a copy.
+// Rows of one head as pixels, [column][dim], in float32 or in pairs with the pixel `dilation` columns further: read where they are
+// if they are that, else from a copy.
 template <class T>
 struct PixelRows {
   const Na2dProblem& p;
@@ -38,8 +39,11 @@ struct PixelRows {
 
   // Makes a map row readable at a slot.
   void fetch(int64_t slot, int64_t map_row) const {
-    if (!in_place)
-      load_row<T>(view, p, item.batch, map_row, item.head, begin, end, copies + slot * (end - begin) * dims, dims);
+    float* const copy = copies + slot * (end - begin) * dims;
+    if constexpr (kPairs<T>)
+      load_row_pairs(view, p, item.batch, map_row, item.head, begin, end, p.dilation, copy, dims);
+    else if (!in_place)
+      load_row<T>(view, p, item.batch, map_row, item.head, begin, end, copy, dims);
   }
   const float* at(int64_t slot, int64_t map_row, int64_t column) const {
     if (!in_place) return copies + (slot * (end - begin) + column - begin) * dims;
@@ -57,7 +61,7 @@ struct Tile {
   const Na2dProblem& p;
   const Columns& columns;
   const Item& item;
-  const int64_t K, span, dims, vector_dims, length;  // dims: in planes; vector_dims: in pixels; length: of the group of rows
+  const int64_t K, span, dims, vector_dims, length;  // dims: lanes of planes; vector_dims: of pixels; length: of the group of rows
   const int64_t begin, end, vectors;                 // columns of the queries, begin a multiple of the vector width
   int64_t key_begin, key_end;                        // columns of their keys
   int64_t key_ld, query_ld, ring;
@@ -70,12 +74,12 @@ struct Tile {
     return std::min(p.width, columns + 2 * (p.kernel - 1) * p.dilation);
   }
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
-    const int64_t dims = round_up(p.dim, kDimPad);
+    const int64_t dims = plane_rows<T>(p);
     return (kRows + p.kernel - 1) * dims * leading(key_columns(p, columns) + 3 * L) + kRows * dims * leading(columns + 3 * L);
   }
 
   Tile(const Na2dProblem& p, const Columns& columns, const Item& item, int64_t begin, int64_t end, float*& scratch)
-      : p(p), columns(columns), item(item), K(p.kernel), span(2 * K - 1), dims(round_up(p.dim, kDimPad)),
+      : p(p), columns(columns), item(item), K(p.kernel), span(2 * K - 1), dims(plane_rows<T>(p)),
         vector_dims(round_up(p.dim, L)), length(group_length(p.height, p.dilation, item.group)), begin(begin), end(end),
         vectors((end - begin + L - 1) / L), ring(kRows + K - 1) {
     key_begin = p.width, key_end = 0;
@@ -173,14 +177,16 @@ struct Tile {
         const float* left = a + (first * dims + chunk) * query_ld + v * L;
         const float* right = b + (slot(k) * dims + chunk) * key_ld + (x + delta * p.dilation - key_begin);
         with_rows(count, [&](auto rows_of) {
-          dots_of<decltype(rows_of)::value>(deltas, left, dims * query_ld, query_ld, right, key_ld, int64_t(p.dilation),
+          dots_of<kPairs<T>, decltype(rows_of)::value>(deltas, left, dims * query_ld, query_ld, right, key_ld, int64_t(p.dilation),
                                             chunk_dims, chunk > 0, target, ld);
         });
       }
     }
   }
 
-  // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias is added here.
+  // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias is added here. With `AsPairs`,
+  // each weight lies in a pair with that of the next relative position, where `combine` looks for one.
+  template <bool AsPairs>
   void softmax(float* logits, float* inverse, int64_t ld, int64_t from, int64_t to) const {
     const float* const table = p.rpb ? p.rpb + item.head * span * span : nullptr;
     const Vec nothing = splat(-std::numeric_limits<float>::infinity());
@@ -197,6 +203,7 @@ struct Tile {
           const float* bias = table ? table + (top + i) * span + reach.low + K - 1 : nullptr;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             Vec y = load(s);
+            if constexpr (kPairs<T>) y *= splat(p.scale);  // float32 queries were multiplied by it
             if (bias) y += splat(*bias++);
             if (!uniform) {
               const IntVec offset = splat(int32_t(delta)) - first;
@@ -209,17 +216,41 @@ struct Tile {
         Vec total{};
         for (int64_t i = 0; i < K; ++i) {
           float* s = logits + logit_index(r, i, reach.low, ld) + column;
+          Vec before{};
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
             const Vec y = exp_of_negative(load(s) - highest);
-            store(s, y);
+            if constexpr (AsPairs) {
+              if (delta > reach.low && starts_pair(reach, delta - 1)) store(s - ld, round_to_pairs(before, y));
+              before = y;
+            } else {
+              store(s, y);
+            }
             total += y;
           }
+          if constexpr (AsPairs) store(s - ld, round_to_pairs(before, Vec{}));
         }
         Vec inverted = splat(1.f) / total;
         if (!whole)
           for (int64_t lane = end - x; lane < L; ++lane) inverted[lane] = 0;
         store(inverse + r * ld + column, inverted);
       }
+    }
+  }
+
+  // Whether a pair begins at a relative position, in any lane. A window that ends with a single neighbor begins a pair there, too.
+  static bool starts_pair(const Range& reach, int64_t delta) { return reach.low != reach.inner_low || (delta - reach.low) % 2 == 0; }
+
+  // The same pairs from weights, for vectors of queries [from, to).
+  void pair_neighbors(const float* weights, float* pairs, int64_t ld, int64_t from, int64_t to) const {
+    for (int64_t v = from; v < to; ++v) {
+      const Range& reach = ranges[v];
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < K; ++i) {
+          int64_t at = logit_index(r, i, reach.low, ld) + v * L;
+          for (int64_t delta = reach.low; delta < reach.high; ++delta, at += ld)
+            if (starts_pair(reach, delta)) store(pairs + at, round_to_pairs(load(weights + at), load(weights + at + ld)));
+          store(pairs + at, round_to_pairs(load(weights + at), Vec{}));
+        }
     }
   }
 
@@ -238,7 +269,8 @@ struct Tile {
     g.dims = vector_dims, g.rows = int(rows);
     g.column_step = source.column_step, g.pixel_step = p.dilation * source.column_step, g.weight_step = ld;
     for (int64_t r = 0; r < rows; ++r) g.targets[r] = out + r * out_row;
-    gather(g, 0, std::min(to * L, end - begin) - from * L, columns.first + x, columns.last + x, false);
+    g.pair_step = 0;
+    gather<kPairs<T>>(g, 0, std::min(to * L, end - begin) - from * L, columns.first + x, columns.last + x, false);
   }
 };
 

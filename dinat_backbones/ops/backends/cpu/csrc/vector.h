@@ -15,7 +15,15 @@ constexpr int kPixels = L == 16 ? 2 : 1;
 constexpr int kDimPad = 8;                      // dims in scratch are padded to a multiple
 constexpr int kGroup = 4;                       // vectors of queries that are taken through all steps together
 constexpr int kPrefetch = 32;                   // columns ahead
-constexpr int kDimChunk = 32;                   // dims per pass over a key row: what stays in L1
+constexpr int kDimChunk = 32;                   // lanes of dims per pass over a key row: what stays in L1
+
+// Whether the machine multiplies pairs of bfloat16, each product and sum in float32: bfloat16 arrays are then not widened, and
+// a 32-bit lane of scratch holds two neighboring dims, or the same dim of two neighbors, the first in its low half.
+#if defined(NA2D_BF16_PRODUCTS)
+constexpr bool kBf16Products = true;
+#else
+constexpr bool kBf16Products = false;
+#endif
 
 }  // namespace
 }  // namespace na2d
@@ -28,6 +36,20 @@ constexpr int kDimChunk = 32;                   // dims per pass over a key row:
 
 namespace na2d {
 namespace {
+
+#if !defined(NA2D_BF16_PRODUCTS)  // never called
+inline Vec add_pairs(Vec sum, Vec, Vec) { return sum; }
+inline Vec round_to_pairs(Vec low, Vec) { return low; }
+#endif
+
+// sum += a * b; with `Pairs`, the two products of each lane.
+template <bool Pairs>
+inline void multiply_add(Vec& sum, Vec a, Vec b) {
+  if constexpr (Pairs)
+    sum = add_pairs(sum, a, b);
+  else
+    sum += a * b;
+}
 
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 // Leading dimension of a transposed row: whole vectors, an odd number, so that dims don't share cache sets.

@@ -2,6 +2,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(NA2D_BF16_PRODUCTS)
+#include <immintrin.h>
+#endif
+
 namespace na2d {
 namespace {
 
@@ -9,6 +13,7 @@ typedef float Vec __attribute__((vector_size(L * 4)));
 typedef int32_t IntVec __attribute__((vector_size(L * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(L * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(L * 2)));
+typedef int16_t HalfPairs __attribute__((vector_size(L * 4)));
 typedef float UnalignedVec __attribute__((vector_size(L * 4), aligned(4), may_alias));
 typedef int32_t UnalignedIntVec __attribute__((vector_size(L * 4), aligned(4), may_alias));
 typedef uint16_t UnalignedHalfVec __attribute__((vector_size(L * 2), aligned(2), may_alias));
@@ -29,7 +34,7 @@ inline Vec as_float(IntVec v) { return Vec(v); }
 inline Vec as_float(UintVec v) { return Vec(v); }
 inline IntVec as_int(Vec v) { return IntVec(v); }
 inline UintVec as_uint(Vec v) { return UintVec(v); }
-inline Vec select(IntVec mask, Vec a, Vec b) { return Vec((IntVec(a) & mask) | (IntVec(b) & ~mask)); }
+inline Vec select(IntVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // Keeps a vector in a register: without this, compilers load it again for each product.
 inline void in_register([[maybe_unused]] Vec& v) {
@@ -39,6 +44,18 @@ inline void in_register([[maybe_unused]] Vec& v) {
   asm("" : "+w"(v));
 #endif
 }
+
+#if defined(NA2D_BF16_PRODUCTS)
+// Lanes of a and b are pairs: adds the products of the low halves and of the high halves.
+inline Vec add_pairs(Vec sum, Vec a, Vec b) { return Vec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(a), (__m512bh)(b))); }
+// Pairs of two vectors, rounded to nearest even.
+inline Vec round_to_pairs(Vec low, Vec high) {
+  HalfPairs turns;
+  NA2D_UNROLL(16)
+  for (int i = 0; i < L; ++i) turns[2 * i] = short(i), turns[2 * i + 1] = short(L + i);
+  return Vec(_mm512_permutexvar_epi16(__m512i(turns), (__m512i)(_mm512_cvtne2ps_pbh(__m512(high), __m512(low)))));
+}
+#endif
 
 // Blocks of `Step` lanes of a and b in turns: the even blocks of both, or with `Odd` the odd ones.
 #if defined(__clang__)
