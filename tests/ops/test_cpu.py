@@ -23,7 +23,7 @@ CPU = BACKENDS["cpu"]
 PACKAGE = Path(dinat_backbones.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_sets(name):
     best = CPU.instruction_set()
     if not CPU.use_instruction_set(name):

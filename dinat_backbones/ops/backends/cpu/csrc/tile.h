@@ -197,28 +197,31 @@ struct Tile {
       const IntVec first = load(columns.first + x);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t top = start(row + r) - (row + r) + K - 1;  // bias row of the window's first row
+        const auto bias_row = [&](int64_t i) { return table ? table + (top + i) * span + K - 1 : nullptr; };
+        const auto logit = [&](const float* product, const float* bias, int64_t delta) NA2D_ALWAYS_INLINE {
+          Vec y = load(product);
+          if constexpr (kPairs<T>) y *= splat(p.scale);  // float32 queries were multiplied by it
+          if (bias) y += splat(bias[delta]);
+          if (uniform) return y;
+          const IntVec offset = splat(int32_t(delta)) - first;
+          return select((offset >= splat(0)) & (offset < splat(int32_t(K))), y, nothing);
+        };
         Vec highest = nothing;
         for (int64_t i = 0; i < K; ++i) {
-          float* s = logits + logit_index(r, i, reach.low, ld) + column;
-          const float* bias = table ? table + (top + i) * span + reach.low + K - 1 : nullptr;
+          const float* s = logits + logit_index(r, i, reach.low, ld) + column;
+          const float* const bias = bias_row(i);
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
-            Vec y = load(s);
-            if constexpr (kPairs<T>) y *= splat(p.scale);  // float32 queries were multiplied by it
-            if (bias) y += splat(*bias++);
-            if (!uniform) {
-              const IntVec offset = splat(int32_t(delta)) - first;
-              y = select((offset >= splat(0)) & (offset < splat(int32_t(K))), y, nothing);
-            }
-            store(s, y);
+            const Vec y = logit(s, bias, delta);
             highest = select(y > highest, y, highest);
           }
         }
         Vec total{};
         for (int64_t i = 0; i < K; ++i) {
           float* s = logits + logit_index(r, i, reach.low, ld) + column;
+          const float* const bias = bias_row(i);
           Vec before{};
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
-            const Vec y = exp_of_negative(load(s) - highest);
+            const Vec y = exp_of_negative<kPairs<T>>(logit(s, bias, delta) - highest);
             if constexpr (AsPairs) {
               if (delta > reach.low && starts_pair(reach, delta - 1)) store(s - ld, round_to_pairs(before, y));
               before = y;
