@@ -155,7 +155,7 @@ inline void load_row_pairs(const Na2dView& view, const Na2dProblem& p, int64_t b
     if (dd == 1)
       for (; d + L <= p.dim; d += L) {
         const UintVec low = load_widened(pixel + d), high = last ? UintVec{} : load_widened(pixel + further + d);
-        store(out + d, as_float(low | high << 16));
+        store(out + d, as_float(low + (high << 16)));
       }
     for (; d < p.dim; ++d) {
       const uint32_t bits = pixel[d * dd] | (last ? 0 : uint32_t(pixel[further + d * dd]) << 16);

@@ -200,7 +200,7 @@ struct Tile {
         const auto bias_row = [&](int64_t i) { return table ? table + (top + i) * span + K - 1 : nullptr; };
         const auto logit = [&](const float* product, const float* bias, int64_t delta) NA2D_ALWAYS_INLINE {
           Vec y = load(product);
-          if constexpr (kPairs<T>) y *= splat(p.scale);  // float32 queries were multiplied by it
+          if constexpr (kPairs<T>) y = y * splat(p.scale);  // float32 queries were multiplied by it
           if (bias) y += splat(bias[delta]);
           if (uniform) return y;
           const IntVec offset = splat(int32_t(delta)) - first;
