@@ -30,7 +30,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torchvision
-from benchmarks import backbones, baselines, compiled, gpu, memory, op, plot  # noqa: F401
+from benchmarks import backbones, baselines, bf16, compiled, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
 from dinat_backbones.cli.common import positive
@@ -50,7 +50,7 @@ SUITES = {
     "backbone": Suite(backbones.backbone_rows, (op.parity_op, backbones.parity_backbone)),
     "train-step": Suite(backbones.train_step_rows, (op.parity_op, backbones.parity_backbone)),
     "compiled": Suite(compiled.compiled_rows, (op.parity_op, compiled.parity_compiled)),
-    "bf16": Suite(backbones.bf16_rows, (op.parity_op, backbones.parity_bf16)),
+    "bf16": Suite(bf16.bf16_rows, (op.parity_op, bf16.parity_op_bf16, bf16.parity_bf16)),
 }
 
 

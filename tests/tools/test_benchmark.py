@@ -31,6 +31,8 @@ def test_report(tmp_path, capsys):
     assert row["bar"] == "<= 0.7" and row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
     assert row["passed"] == (row["ratio"] <= 0.7)
     assert all(row["ratio"] or row["note"] for row in rows.values())
+    bars = {row["bar"] for name, row in rows.items() if row["against"].startswith("natten")}
+    assert bars == {">= 15", ">= 18", ">= 25"} and rows["op forward d=1, fraction of floor"]["bar"] == ">= 0.35"
     assert len(rows) == 10 and "op forward d=1" in capsys.readouterr().out
 
 
@@ -81,6 +83,18 @@ def test_gpu_suite_without_gpu(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_growth_tells_the_backward_pass_apart(monkeypatch):
+    def times(self, what, calls, rounds=None):
+        return {name: {"forward": 10.0, "forward+backward": 35.0}[name.split(",")[0]] for name in calls}
+
+    monkeypatch.setattr(benchmark.Bench, "times", times)
+    monkeypatch.setattr(benchmark.op, "_curves", lambda bench: None)
+    rows = {row.name: row for row in benchmark.op.growth_rows(benchmark.Bench(benchmark.TINY, 1, 1))}
+    row = rows["op backward, d=4"]
+    assert (row.ours, row.against, row.theirs, row.ratio, str(row.bar)) == (25.0, "forward", 10.0, 2.5, "<= 3")
+    assert str(rows["op forward, 4x tokens, d=1"].bar) == "<= 4.3" and len(rows) == 6
+
+
 def test_memory_of_training_steps(monkeypatch):
     peaks = {"DiNAT-Tiny": 100.0, "torchvision Swin-T": 200.0, "torchvision ConvNeXt-T": 50.0}
     monkeypatch.setattr(benchmark.memory, "can_measure", lambda: True)
@@ -100,9 +114,32 @@ def test_sizes_of_the_recipe():
 
 
 def test_bf16_says_why_there_is_no_bar(monkeypatch):
-    monkeypatch.setattr(benchmark.backbones, "bf16_instructions", list)
-    row = benchmark.Row("x", 1.0, "fp32", 2.0, 2.0)
-    monkeypatch.setattr(benchmark.Bench, "speedup", lambda *arguments, **keywords: row)
-    monkeypatch.setattr(benchmark.backbones, "backbone", lambda *arguments, **keywords: None)
-    rows = benchmark.backbones.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
-    assert len(rows) == 2 and all("this CPU has no" in row.note and row.passed is None for row in rows)
+    monkeypatch.setattr(benchmark.bf16, "bf16_instructions", list)
+    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(benchmark.Bench, "speedup", speedup_of_two)
+    rows = benchmark.bf16.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
+    assert len(rows) == 6 and all("this CPU has no" in row.note and row.passed is None for row in rows)
+
+
+def speedup_of_two(self, name, ours, against, theirs, bar=None, rounds=None):
+    return benchmark.Row(name, 1.0, against, 2.0, 2.0, bar)
+
+
+@pytest.mark.parametrize(
+    "instructions, bars", [(["avx512_bf16"], [">= 2"] * 4), (["amx_bf16"], [">= 2"] * 4 + [">= 2.5", ">= 2.3"])]
+)
+def test_bf16_bars(monkeypatch, instructions, bars):
+    monkeypatch.setattr(benchmark.bf16, "bf16_instructions", lambda: instructions)
+    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(benchmark.Bench, "speedup", speedup_of_two)
+    rows = benchmark.bf16.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
+    assert len(rows) == 6 and [str(row.bar) for row in rows if row.bar] == bars
+
+
+def test_bf16_parity(monkeypatch):
+    bench, right = benchmark.Bench(benchmark.TINY, 1, 1), BACKENDS["cpu"].attention
+    benchmark.bf16.parity_op_bf16(bench)
+    assert all(row.ratio and row.against == "fp32" for row in benchmark.bf16.op_rows(bench))
+    monkeypatch.setattr(BACKENDS["cpu"], "attention", lambda *arguments: right(*arguments) * 1.01)
+    with pytest.raises(benchmark.ParityError, match=r"op bf16, 40x44, d=1: result 0 is off by"):
+        benchmark.bf16.parity_op_bf16(bench)

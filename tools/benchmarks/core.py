@@ -128,7 +128,7 @@ def seconds(call: Callable, repeats: int = 1) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def relative(name: str, ours: float, against: str, theirs: float, bar: Bar) -> Row:
+def relative(name: str, ours: float, against: str, theirs: float, bar: Bar | None) -> Row:
     return Row(name, ours, against, theirs, ours / theirs, bar)
 
 
