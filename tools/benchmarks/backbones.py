@@ -1,5 +1,6 @@
 """Whole backbones: inference and training steps, beside the same on natten, Swin and ConvNeXt."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -17,10 +18,15 @@ from .core import Bar, Bench, Row, agree, inference, relative, seconds
 def backbone(arch: str, backend: str | None = "cpu", drop_path_rate: float = 0.2) -> DiNAT:
     torch.manual_seed(0)
     model = DiNAT(arch=arch, dilations="coco", drop_path_rate=drop_path_rate, backend=backend)
+    random_bias(model)
+    return model.eval()
+
+
+def random_bias(model: nn.Module) -> None:
+    """Bias tables as large as trained ones, so that parity notices them."""
     for name, parameter in model.named_parameters():
         if name.endswith("rpb"):
-            nn.init.normal_(parameter, std=0.5)  # as large as trained ones, so that parity notices them
-    return model.eval()
+            nn.init.normal_(parameter, std=0.5)
 
 
 def random_image(size: tuple[int, int], batch: int = 1) -> torch.Tensor:
@@ -125,7 +131,9 @@ def train_step_rows(bench: Bench) -> list[Row]:
     ]
 
 
-def forward_backward(model: nn.Module, image: torch.Tensor, precision: Callable) -> tuple[torch.Tensor, ...]:
+def forward_backward(
+    model: nn.Module, image: torch.Tensor, precision: Callable = contextlib.nullcontext
+) -> tuple[torch.Tensor, ...]:
     """Outputs and gradients of all parameters."""
     with precision():
         outs = model(image)

@@ -26,9 +26,21 @@ class Sizes:
     image: tuple[int, int] = (800, 1280)
     train_image: tuple[int, int] = (512, 512)
     train_batch: int = 2
+    proposals: int = 1000  # of a detector's RPN
+    detections: int = 100  # that a detector keeps
+    compiler: str = "inductor"  # of torch.compile
 
 
-TINY = Sizes(map=(32, 36), dilations=(1, 4), image=(64, 96), train_image=(64, 64), train_batch=1)
+TINY = Sizes(
+    map=(32, 36),
+    dilations=(1, 4),
+    image=(64, 96),
+    train_image=(64, 64),
+    train_batch=1,
+    proposals=50,
+    detections=10,
+    compiler="eager",
+)
 
 
 class Bar(NamedTuple):
