@@ -89,7 +89,7 @@ def train_step_rows(bench: Bench) -> list[Row]:
     bars, failed = {"eager": None, f"{swin}, compiled": Bar(">=", 1.25)}, []
     try:
         calls[f"{swin}, compiled"] = training_step(compile_for_training(bench, swin, theirs, image), image)
-    except BackendCompilerFailed as error:  # Inductor's C++ does not compile for every size of Swin
+    except BackendCompilerFailed as error:  # Swin with torch 2.11 on AVX-512
         note = f"not timed: torch.compile fails on {swin}, {str(error.inner_exception).splitlines()[0]}"
         failed = [Row(name, against=f"{swin}, compiled", bar=bars[f"{swin}, compiled"], note=note)]
     times = bench.times(name, calls)
