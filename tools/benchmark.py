@@ -1,9 +1,20 @@
 #!/usr/bin/env python
 """How fast the op and the backbones are, and how much memory they need, beside the baselines.
 
-    python tools/benchmark.py SUITE [--quick] [--threads N] [--out FILE]  (op, backbone, train-step, memory, growth,
-        compiled, bf16 or all)
+    python tools/benchmark.py SUITE [--quick] [--threads N] [--out FILE]
     python tools/benchmark.py gpu [--dry-run] [--out FILE]
+
+SUITE is one of these, or all:
+
+    op                   forward and backward beside natten and a linear layer; fraction of the floor
+    growth               time against dilation and the number of tokens; backward against forward
+    memory               peaks of the op and of training steps
+    backbone             inference beside natten, Swin and ConvNeXt
+    train-step           the same for training steps
+    compiled             graphs of torch.compile in a training run; compiled inference
+    compiled-train-step  training steps of DiNAT-Tiny and Swin-T, both compiled, which takes minutes
+    detectors            Mask R-CNN in mmdet with DiNAT-Mini, Swin-T and ResNet-50; needs mmdet
+    bf16                 bfloat16 beside float32: the op, inference, forward and backward
 
 Results are compared first (parity) and nothing is timed if they differ. Baselines run in the same process and take
 turns with ours; the figures are medians over the rounds. They go to FILE (JSON), curves to an image beside it. The
@@ -30,7 +41,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 import torchvision
-from benchmarks import backbones, baselines, compiled, gpu, memory, op, plot  # noqa: F401
+from benchmarks import backbones, baselines, bf16, compiled, detectors, gpu, memory, op, plot  # noqa: F401
 from benchmarks.core import TINY, Bench, ParityError, Row, Sizes, table
 
 from dinat_backbones.cli.common import positive
@@ -50,7 +61,9 @@ SUITES = {
     "backbone": Suite(backbones.backbone_rows, (op.parity_op, backbones.parity_backbone)),
     "train-step": Suite(backbones.train_step_rows, (op.parity_op, backbones.parity_backbone)),
     "compiled": Suite(compiled.compiled_rows, (op.parity_op, compiled.parity_compiled)),
-    "bf16": Suite(backbones.bf16_rows, (op.parity_op, backbones.parity_bf16)),
+    "compiled-train-step": Suite(compiled.train_step_rows, (op.parity_op, backbones.parity_backbone)),
+    "detectors": Suite(detectors.detector_rows, (op.parity_op, detectors.parity_detectors)),
+    "bf16": Suite(bf16.bf16_rows, (op.parity_op, bf16.parity_op_bf16, bf16.parity_bf16)),
 }
 
 

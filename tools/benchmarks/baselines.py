@@ -109,9 +109,11 @@ class Flex:
 class SwinPyramid(nn.Module):
     """Torchvision's Swin without its head, returning what a detector needs: four normed maps, as our backbones do."""
 
-    def __init__(self, embed_dim: int = 96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)):
+    def __init__(self, embed_dim: int = 96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate: float = 0.2):
         super().__init__()
-        swin = SwinTransformer([4, 4], embed_dim, list(depths), list(num_heads), [7, 7], stochastic_depth_prob=0.2)
+        swin = SwinTransformer(
+            [4, 4], embed_dim, list(depths), list(num_heads), [7, 7], stochastic_depth_prob=drop_path_rate
+        )
         self.features = swin.features
         self.norms = nn.ModuleList(nn.LayerNorm(embed_dim * 2**i) for i in range(4))
 

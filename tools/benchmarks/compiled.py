@@ -1,12 +1,15 @@
-"""`torch.compile`: how many graphs the image sizes of a training run need, and compiled inference beside eager."""
+"""`torch.compile`: how many graphs the image sizes of a training run need; inference and training steps, compiled."""
 
 import random
 
 import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from .backbones import backbone, random_image
-from .core import Bar, Bench, Row, agree, inference
+from . import baselines
+from .backbones import backbone, forward_backward, random_image, training_step
+from .core import Bar, Bench, Row, agree, inference, seconds
 
 IMAGES = 40
 MODEL = "DiNAT-Mini"
@@ -50,9 +53,45 @@ def compiled_rows(bench: Bench) -> list[Row]:
 
     torch.compiler.reset()
     model, image = backbone("dinat_mini"), random_image(bench.sizes.image)
-    compiled = inference(torch.compile(model), image)
+    compiled = inference(torch.compile(model, backend=bench.sizes.compiler), image)
     bench.say(f"compiling {MODEL}")
-    agree(f"{MODEL} compiled by Inductor", compiled(), inference(model, image)())
+    agree(f"{MODEL} compiled for the full size", compiled(), inference(model, image)())
     bar = Bar(">=", 1.15)
     rows.append(bench.speedup(f"{MODEL} forward, compiled", compiled, "eager", inference(model, image), bar))
     return rows
+
+
+def compile_for_training(bench: Bench, name: str, model: nn.Module, image: torch.Tensor) -> nn.Module:
+    """The compiled model, whose outputs and gradients are those of the eager one."""
+    compiled, got = torch.compile(model.train(), backend=bench.sizes.compiler), []
+    bench.say(f"compiling {name}, forward and backward, which takes minutes")
+    took = seconds(lambda: got.extend(forward_backward(compiled, image)))
+    expected = forward_backward(model, image)
+    outs = len(expected) - len(list(model.parameters()))
+    agree(f"{name} compiled, outputs", got[:outs], expected[:outs])
+    scale = max(gradient.abs().max() for gradient in expected[outs:])
+    pairs = ([gradient / scale for gradient in gradients[outs:]] for gradients in (got, expected))
+    agree(f"{name} compiled, gradients over the largest of them", *pairs)
+    bench.say(f"parity: {name}, compiled in {took:.0f} s, agrees with the eager one, outputs and gradients")
+    return compiled
+
+
+def train_step_rows(bench: Bench) -> list[Row]:
+    """Without drop path, whose random numbers are others when compiled."""
+    torch.compiler.reset()
+    image = random_image(bench.sizes.train_image, bench.sizes.train_batch)
+    name, swin = f"DiNAT-Tiny training step, batch {len(image)}, compiled", "torchvision Swin-T"
+    model, theirs = backbone("dinat_tiny", drop_path_rate=0.0), baselines.SwinPyramid(drop_path_rate=0.0)
+    calls = {
+        "ours": training_step(compile_for_training(bench, "DiNAT-Tiny", model, image), image),
+        "eager": training_step(model, image),
+    }
+    bars, failed = {"eager": None, f"{swin}, compiled": Bar(">=", 1.25)}, []
+    try:
+        calls[f"{swin}, compiled"] = training_step(compile_for_training(bench, swin, theirs, image), image)
+    except BackendCompilerFailed as error:  # Swin with torch 2.11 on AVX-512
+        note = f"not timed: torch.compile fails on {swin}, {str(error.inner_exception).splitlines()[0]}"
+        failed = [Row(name, against=f"{swin}, compiled", bar=bars[f"{swin}, compiled"], note=note)]
+    times = bench.times(name, calls)
+    ours = times.pop("ours")
+    return [Row(name, ours, other, ms, ms / ours, bars[other]) for other, ms in times.items()] + failed

@@ -26,9 +26,21 @@ class Sizes:
     image: tuple[int, int] = (800, 1280)
     train_image: tuple[int, int] = (512, 512)
     train_batch: int = 2
+    proposals: int = 1000  # of a detector's RPN
+    detections: int = 100  # that a detector keeps
+    compiler: str = "inductor"  # of torch.compile
 
 
-TINY = Sizes(map=(32, 36), dilations=(1, 4), image=(64, 96), train_image=(64, 64), train_batch=1)
+TINY = Sizes(
+    map=(32, 36),
+    dilations=(1, 4),
+    image=(64, 96),
+    train_image=(64, 64),
+    train_batch=1,
+    proposals=50,
+    detections=10,
+    compiler="eager",
+)
 
 
 class Bar(NamedTuple):
@@ -128,7 +140,7 @@ def seconds(call: Callable, repeats: int = 1) -> float:
     return begin.elapsed_time(end) / 1e3 / repeats
 
 
-def relative(name: str, ours: float, against: str, theirs: float, bar: Bar) -> Row:
+def relative(name: str, ours: float, against: str, theirs: float, bar: Bar | None) -> Row:
     return Row(name, ours, against, theirs, ours / theirs, bar)
 
 
