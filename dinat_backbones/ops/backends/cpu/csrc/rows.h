@@ -173,6 +173,7 @@ void store_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y,
   const int64_t dd = view.stride[4];
   for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], in += dims) {
     const float scale = factors ? factors[x - begin] : factor;
+    prefetch_pixel(pixel + kPrefetch * view.stride[2], p.dim);
     int64_t d = 0;
     if (dd == 1)
       for (; d + L <= p.dim; d += L) store_narrow(pixel + d, load(in + d) * splat(scale));

@@ -27,7 +27,7 @@ inline UintVec load_widened(const uint16_t* p) {
 inline void store_narrowed(uint16_t* p, UintVec v) {
   *reinterpret_cast<UnalignedHalfVec*>(p) = __builtin_convertvector(v, HalfVec);
 }
-inline Vec splat(float x) { return Vec{} + x; }
+inline Vec splat(float x) { return x - Vec{}; }  // not 0 + x, which changes -0, so that compilers would compute it
 inline IntVec splat(int32_t x) { return IntVec{} + x; }
 inline UintVec splat(uint32_t x) { return UintVec{} + x; }
 inline Vec as_float(IntVec v) { return Vec(v); }
