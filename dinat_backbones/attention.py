@@ -134,7 +134,8 @@ class NeighborhoodAttention2D(_Attention2D):
             x = neighborhood_attention_2d(*qkv, self.rpb, backend=self.backend, **settings)
         else:
             x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
-        x = self.proj_drop(self.proj(crop(x, height, width).flatten(-2)))
+        # contiguous, because F.linear would multiply each row of a cropped map by a copy of the weight
+        x = self.proj_drop(self.proj(crop(x, height, width).contiguous().flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from dinat_backbones import NeighborhoodAttention2D
@@ -42,6 +43,15 @@ def test_small_maps_attend_to_the_padding(height, width, backend):
         torch.autograd.grad(got, parameters, grad_out), torch.autograd.grad(expected, parameters, grad_out), strict=True
     ):
         assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_cropped_map_is_projected_in_one_product():
+    # of a map that is not contiguous, torch multiplies each row by a copy of the weight
+    layer = NeighborhoodAttention2D(16, 2, kernel_size=5, dilation=3).eval()
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        layer(torch.randn(1, 9, 10, 16))
+    called = {event.key: event.count for event in recorded.key_averages()}
+    assert called["aten::addmm"] == 2 and "aten::bmm" not in called, called  # qkv and proj
 
 
 def test_dense_attention_where_the_window_is_the_map():
