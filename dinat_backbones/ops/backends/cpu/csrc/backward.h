@@ -23,7 +23,7 @@ struct Backward {
   float *grad_queries, *grad_keys, *grad_values;     // pixels
   int64_t flushed;
   Gather sums;
-  std::vector<char> whole_windows;  // of every vector, see `regular`
+  std::vector<char> inner;  // of every vector, see `is_inner`
 
   static int64_t query_begin(const Na2dProblem& p, const Columns& columns, const Item& item) {
     int64_t begin = item.column_begin;
@@ -66,7 +66,8 @@ struct Backward {
     std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
     table = tile.allocate(scratch, tile.span * tile.span * L);
     std::fill(table, table + tile.span * tile.span * L, 0.f);
-    for (int64_t v = 0; v < tile.vectors; ++v) whole_windows.push_back(regular(v));
+    if constexpr (kPairs<T>)
+      for (int64_t v = 0; v < tile.vectors; ++v) inner.push_back(is_inner(v));
   }
 
   // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
@@ -102,8 +103,9 @@ struct Backward {
 
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
 
-  // Whether every key that the queries of a vector attend to has whole windows of queries to both sides.
-  bool regular(int64_t v) const {
+  // Whether all keys that the queries of a vector attend to are so far from the borders that K / 2 queries on either side attend
+  // to them.
+  bool is_inner(int64_t v) const {
     const Range& reach = tile.ranges[v];
     const int64_t x = tile.begin + v * L;
     return (x + reach.low * p.dilation) / p.dilation >= tile.K && (x + L - 1) / p.dilation + reach.high < p.width / p.dilation - tile.K;
@@ -119,7 +121,7 @@ struct Backward {
           for (int64_t v = 0; v < tile.vectors; ++v) {
             const Range& reach = tile.ranges[v];
             if (delta < reach.low || delta > reach.high) continue;
-            if (delta < half && (delta + half) % 2 == 0 && whole_windows[v]) continue;
+            if (inner[v] && delta < half && (delta + half) % 2 == 0) continue;  // there no pair begins
             const int64_t next = v * L + p.dilation;
             const bool has_next = delta > 1 - K && next < stop;
             store(row + v * L, round_to_pairs(load(row + v * L), has_next ? load(row - ld + next) : Vec{}));
