@@ -14,6 +14,7 @@ from helpers import ROOT
 
 pytest.importorskip("mmcv", reason="mmcv is not installed: pip install 'dinat_backbones[openmmlab]'")
 from dinat_backbones.adapters import mmcv_ext
+from dinat_backbones.cli import shapes
 
 INSTALL = "pip install 'dinat_backbones[openmmlab]'"
 STAND_IN = mmcv_ext.operators_in_use() == mmcv_ext.DESCRIPTION
@@ -132,8 +133,7 @@ def test_packaged_training_script(tmp_path, framework, demo):
         framework, reason=f"{framework} is not installed: pip install 'dinat_backbones[openmmlab]'"
     )
     layout, size = ("coco", 160) if framework == "mmdet" else ("ade20k", 96)
-    shapes = ["--layout", layout, "--size", size, "--train", 2, "--val", 1]
-    python("-m", "dinat_backbones", "shapes", tmp_path / "work_dirs" / "demo" / f"shapes-{size}", *shapes)
+    shapes.make_shapes(tmp_path / "work_dirs" / "demo" / f"shapes-{size}", train=2, val=1, size=size, layouts=[layout])
     script = Path(package.__file__).parent / ".mim" / "tools" / "train.py"
     config = ROOT / "configs" / "demo" / f"{demo}_dinat_shapes.py"
     options = ["train_cfg.max_epochs=1", "train_cfg.val_interval=1", "train_dataloader.batch_size=2"]

@@ -1,6 +1,7 @@
 """adapters/openmmlab/ through the registries of mmengine, mmdet and mmseg; the tools in front of their scripts."""
 
 import importlib
+import json
 import logging
 import subprocess
 import sys
@@ -188,19 +189,23 @@ def tool(name, *arguments, cwd=None):
 
 
 @pytest.mark.parametrize(
-    "name, arguments, message",
+    "words, message",
     [
-        ("train.py", ["nowhere.py"], "config nowhere.py is not there"),
-        ("test.py", ["CONFIG", "nowhere.pth"], "checkpoint nowhere.pth is not there"),
-        ("train.py", ["CONFIG", "--resume", "nowhere.pth"], "checkpoint nowhere.pth is not there"),
-        ("train.py", ["MISSING"], "mmnothing with its packaged tools is not installed"),
+        (["train", "nowhere.py"], "dinat train: config nowhere.py is not there"),
+        (["test", "config.py", "nowhere.pth"], "dinat test: checkpoint nowhere.pth is not there"),
+        (["train", "config.py", "--resume", "nowhere.pth"], "dinat train: checkpoint nowhere.pth is not there"),
     ],
 )
-def test_tools_explain_what_is_missing(tmp_path, name, arguments, message):
+def test_missing_files_are_named(tmp_path, command, words, message):
     (tmp_path / "config.py").write_text("default_scope = 'mmdet'")
-    (tmp_path / "missing.py").write_text("default_scope = 'mmnothing'")
-    paths = {"CONFIG": str(tmp_path / "config.py"), "MISSING": str(tmp_path / "missing.py")}
-    run = tool(name, *[paths.get(word, word) for word in arguments], cwd=tmp_path)
+    assert command(*words) == message
+
+
+def test_tools_explain_what_is_missing(tmp_path):
+    """In one line, without warnings of what has been imported before."""
+    (tmp_path / "config.py").write_text("default_scope = 'mmnothing'")
+    run = tool("train.py", "config.py", cwd=tmp_path)
+    message = "mmnothing with its packaged tools is not installed"
     assert run.returncode == 1 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
 
 
@@ -211,9 +216,18 @@ print(pathlib.Path(__file__).parts[-4], pathlib.Path(__file__).name, sys.argv[1:
 """
 
 
-@pytest.mark.parametrize(
-    "scope, name, arguments, expected",
-    [
+# Runs several command lines of scripts, one after the other.
+RUN_EACH = """
+import json, runpy, sys
+for words in json.loads(sys.argv[1]):
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
+"""
+
+
+def test_tools_run_the_script_of_the_right_framework(tmp_path):
+    """Against stand-ins for both packages, which print what they were called with."""
+    cases = [
         ("mmdet", "train.py", ["--resume", "A.pth", "--auto-scale-lr"], ["--resume", "A.pth", "--auto-scale-lr"]),
         ("mmdet", "test.py", ["A.pth", "--tta"], ["A.pth", "--tta"]),
         ("mmseg", "train.py", ["--resume", "--amp"], ["--resume", "--amp"]),
@@ -224,18 +238,22 @@ print(pathlib.Path(__file__).parts[-4], pathlib.Path(__file__).name, sys.argv[1:
             ["--resume", "--amp", "--cfg-options", "auto_scale_lr.enable=True", "load_from=A.pth"],
         ),
         ("mmseg", "test.py", ["A.pth", "--out", "folder"], ["A.pth", "--out", "folder"]),
-    ],
-)
-def test_tools_run_the_script_of_the_right_framework(tmp_path, monkeypatch, scope, name, arguments, expected):
-    """Against stand-ins for both packages, which print what they were called with."""
+    ]
     for package in ("mmdet", "mmseg"):
         folder = tmp_path / package / ".mim" / "tools"
         folder.mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
-        (folder / name).write_text(FAKE)
-    (tmp_path / "config.py").write_text(f"default_scope = {scope!r}")
+        for name in ("train.py", "test.py"):
+            (folder / name).write_text(FAKE)
+        (tmp_path / f"{package}_config.py").write_text(f"default_scope = {package!r}")
     (tmp_path / "A.pth").touch()
-    monkeypatch.setenv("PYTHONPATH", environment(tmp_path)["PYTHONPATH"])
-    run = tool(name, "config.py", *arguments, cwd=tmp_path)
-    called = run.stdout.strip().splitlines()[-1:]
-    assert called == [f"{scope} {name} {['config.py', *expected]}"], run.stdout + run.stderr
+    lines = [[str(ROOT / "tools" / name), f"{scope}_config.py", *words] for scope, name, words, _ in cases]
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_EACH, json.dumps(lines)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(tmp_path, ROOT / "tools"),
+    )
+    expected = [f"{scope} {name} {[f'{scope}_config.py', *words]}" for scope, name, _, words in cases]
+    assert run.returncode == 0 and run.stdout.strip().splitlines()[-5:] == expected, run.stdout + run.stderr

@@ -88,6 +88,7 @@ train_dataloader = dict(
 )
 val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=2)
+default_hooks = dict(checkpoint=dict(save_optimizer=False))
 model = dict(bbox_head=dict(num_classes=3))
 """
 SEGMENTOR = """
@@ -114,7 +115,7 @@ train_dataloader = dict(
 )
 val_dataloader = val_cfg = val_evaluator = test_dataloader = test_cfg = test_evaluator = None
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=2)
-default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1, save_optimizer=False))
 head = dict(norm_cfg=dict(type="BN"), num_classes=4)  # SyncBN needs a GPU
 model = dict(data_preprocessor=dict(size=(64, 64)), decode_head=head, auxiliary_head=head)
 """
@@ -127,6 +128,9 @@ PACKAGED = {
 TRAIN_EACH = """
 import sys
 
+import yapf.yapflib.yapf_api
+
+yapf.yapflib.yapf_api.FormatCode = lambda text, **settings: (text, True)  # takes longer than a step
 from dinat_backbones import cli
 
 for name in sys.argv[1:]:

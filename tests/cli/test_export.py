@@ -1,11 +1,13 @@
 """`dinat export` and the backend that it uses: exported models equal the eager ones, at sizes the export never saw."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
 import dinat_backbones
+from dinat_backbones import zoo
 from dinat_backbones.cli import export
 from dinat_backbones.ops import padding, symbolic
 from helpers import assert_near, draw, fill_by_name, run, sample
@@ -67,11 +69,13 @@ def test_fixed_size_through_the_tool(tmp_path, monkeypatch, capsys):
 
 
 @needs_export
-def test_classifiers(tmp_path, capsys):
-    """With the head of a file for other classes; logits are those of the classifier."""
+def test_classifiers(tmp_path, monkeypatch, capsys):
+    """With the head of a file for other classes; logits are those of the classifier, which has 5 blocks here."""
     runtime = pytest.importorskip("onnxruntime", reason='onnxruntime is missing: pip install "dinat_backbones[export]"')
+    monkeypatch.setitem(zoo.ARCHS, "dinat_mini", dataclasses.replace(zoo.ARCHS["dinat_mini"], depths=(2, 1, 1, 1)))
     torch.manual_seed(0)
     classifier = dinat_backbones.create_classifier("dinat_mini", 7).eval()
+    assert classifier.dilations == ((1, 8), (4,), (2,), (1,))
     torch.save(classifier.state_dict(), tmp_path / "file.pth")
     words = ["--checkpoint", str(tmp_path / "file.pth"), "--size", "64x96", "--out", str(tmp_path / "model.onnx")]
     export.main(["dinat_mini", "--classifier", *words])

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import yapf.yapflib.yapf_api
 from PIL import Image
 
 from helpers import ROOT
@@ -182,13 +181,6 @@ def loss_scale(monkeypatch):
     monkeypatch.setattr(mmengine.runner.amp, "autocast", lambda **kwargs: torch.autocast("cpu", enabled=False))
 
 
-@pytest.fixture
-def unformatted(monkeypatch):
-    """Configs that are logged and saved without yapf, which takes seconds for each of the long ones."""
-    for module in (yapf.yapflib.yapf_api, inspect.getmodule(Config)):  # the latter in older versions of mmengine
-        monkeypatch.setattr(module, "FormatCode", lambda text, **settings: (text, True), raising=False)
-
-
 def backbone_of(state):
     return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
 
@@ -202,7 +194,7 @@ def classifier_of(state):
 
 
 @pytest.mark.parametrize("recipe", [*MMDET, *MMSEG, MMPRETRAIN])
-def test_every_command_reads_what_the_recipe_saves(tmp_path, command, capfd, loss_scale, unformatted, data, recipe):
+def test_every_command_reads_what_the_recipe_saves(tmp_path, command, capfd, loss_scale, data, recipe):
     if recipe == MMPRETRAIN:
         pytest.importorskip("mmpretrain", reason="mmpretrain is not installed (it is in the classic stack)")
     config = write_config(recipe, data, tmp_path / "config.py")

@@ -84,6 +84,8 @@ def crash(path):
 
 
 def fill_memory(path):
+    if path.name.startswith("good"):
+        return {}
     return dict(content=bytearray(1 << 30))
 
 

@@ -65,7 +65,7 @@ def test_commands_that_do_what_they_should_not(monkeypatch, tmp_path, main, reas
         commands.try_one(0, tmp_path / "good", tmp_path / "case")
 
 
-@pytest.mark.parametrize("fault", {*commands.FAULTS}, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", dict.fromkeys(commands.FAULTS), ids=lambda fault: fault.__name__)
 def test_faults_are_mended(monkeypatch, tmp_path, fault):
     """Every file has its old content again."""
     monkeypatch.chdir(tmp_path)
