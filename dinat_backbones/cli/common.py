@@ -1,6 +1,9 @@
 """What several commands share: messages, progress, configs and where they are."""
 
+import multiprocessing
+import os
 import sys
+import threading
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -75,7 +78,7 @@ def parallel_map(
     """
     items, results = list(items), []
     chunk = max(1, min(32, len(items) // (4 * workers)))
-    pool = ProcessPoolExecutor(workers) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, initializer=_end_after_parent) if workers > 1 else None
     try:
         for result in pool.map(function, items, chunksize=chunk) if pool else map(function, items):
             results.append(result)
@@ -85,6 +88,18 @@ def parallel_map(
         if pool:
             pool.shutdown(cancel_futures=True)
     return results
+
+
+def _end_after_parent() -> None:
+    """End this process of a pool soon after its parent was killed; otherwise it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def resolve_config(name: str) -> Path:
