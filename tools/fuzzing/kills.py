@@ -27,7 +27,7 @@ from dinat_backbones import cli
 from dinat_backbones.checkpoint import read
 
 from .core import Session
-from .processes import check_files, files_of, fork, kill, to_the_end, wait
+from .processes import check_files, files_of, fork, kill, to_the_end, wait, wait_for_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -195,6 +195,7 @@ def run(session: Session) -> None:
             to_the_end(commands[name].again, folder, f"again after {what}")
             check_files(folder)
             assert commands[name].result(folder) == expected[name], f"{what}: another result than undisturbed"
+            wait_for_processes(folder, 20, what)
             shutil.rmtree(folder)
             return f"{name} {'ended before' if ended is not None else signal.Signals(number).name}"
 

@@ -1,5 +1,6 @@
 """Forked commands, and whether the files that they leave are whole."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -58,6 +59,26 @@ def kill(child: int) -> None:
     """End a process that does not end itself."""
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The ids of processes that work in a folder (Linux; none elsewhere)."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+            if Path(os.readlink(entry)) == folder:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def wait_for_processes(folder: Path, seconds: float, what: str) -> None:
+    """Wait until no process works in a folder; raise if one still does after that time."""
+    end = time.monotonic() + seconds
+    while (left := processes_in(folder)) and time.monotonic() < end:
+        time.sleep(0.1)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left, f"{what}: processes {left} went on"
 
 
 def to_the_end(function: Callable[[], None], folder: Path, name: str) -> None:
