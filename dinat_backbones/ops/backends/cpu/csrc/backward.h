@@ -134,7 +134,7 @@ struct Backward {
   void scatter(const float* weights, const PixelRows<T>& source, float* target) {
     const int64_t x = item.column_begin - tile.begin;
     sums.dims = dims, sums.pair_step = 1;
-    sums.column_step = source.column_step, sums.pixel_step = -p.dilation * source.column_step, sums.weight_step = ld - p.dilation;
+    sums.pixel_step = -p.dilation * dims, sums.weight_step = ld - p.dilation;
     const int64_t stop = std::min(tile.stop(), item.row_end);
     for (int64_t k = std::max(tile.start(tile.row), item.row_begin); k < stop; k += kRows) {
       sums.rows = int(std::min<int64_t>(kRows, stop - k));
@@ -143,7 +143,7 @@ struct Backward {
         const int64_t top = tile.start(tile.row + r), first = std::max(top - k, int64_t(0));
         const int64_t count = std::min<int64_t>(sums.rows, top + tile.K - k) - first;
         if (count <= 0) continue;
-        Source row{source.at(r, tile.map_row(tile.row + r), item.column_begin), {}, int(first), int(count)};
+        Source row{source.at(r, item.column_begin), {}, int(first), int(count)};
         for (int64_t a = 0; a < count; ++a) row.weights[a] = weights + tile.logit_index(r, k + first + a - top, 0, ld) + x;
         sums.sources.push_back(row);
       }

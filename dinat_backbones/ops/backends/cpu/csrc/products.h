@@ -55,8 +55,7 @@ struct Source {
 struct Gather {
   std::vector<Source> sources;
   int64_t weight_step, pixel_step;  // floats from one relative position to the next
-  int64_t column_step;              // floats from one source column to the next
-  int64_t dims;                     // of a target pixel, whole vectors
+  int64_t dims;                     // of a pixel, whole vectors
   int64_t pair_step;                // relative positions from the first neighbor of a pair to where the pair lies, 0 or 1
   float* targets[kRows];            // [column][dim]
   int rows;
@@ -67,14 +66,12 @@ struct Gather {
 template <bool Pairs, bool Single, int First, int Count, int Pixels, int Vecs>
 inline NA2D_ALWAYS_INLINE void add_source(Vec (&sum)[Pixels][kRows][Vecs], const Source& source, int64_t weight_at,
                                                       int64_t weight_step, int64_t pixel_at, int64_t pixel_step,
-                                                      int64_t column_step, int64_t deltas) {
+                                                      int64_t dims, int64_t deltas) {
   const float* weight[Count];
   NA2D_UNROLL(8)
   for (int r = 0; r < Count; ++r) weight[r] = source.weights[r] + weight_at;
   const float* pixel = source.pixels + pixel_at;
   for (int64_t j = 0; j < deltas; ++j, pixel += pixel_step) {
-    // Pixels of the next column: with a large dilation they are far from those of this one.
-    for (int i = 0; i < Vecs * L; i += 16) prefetch(pixel + Pixels * column_step + i);
     NA2D_UNROLL(4)
     for (int p = 0; p < Pixels; ++p) {
       Vec w[Count];
@@ -82,7 +79,7 @@ inline NA2D_ALWAYS_INLINE void add_source(Vec (&sum)[Pixels][kRows][Vecs], const
       for (int r = 0; r < Count; ++r) w[r] = splat(weight[r][p]);
       NA2D_UNROLL(8)
       for (int i = 0; i < Vecs; ++i) {
-        Vec x = load(pixel + p * column_step + i * L);
+        Vec x = load(pixel + p * dims + i * L);
         // Not a weight of zero: what lies outside of the window may be infinite.
         if constexpr (Single) x = as_float(as_int(x) & splat(0xffff));
         in_register(x);
@@ -105,8 +102,8 @@ void gather_at(const Gather& g, int64_t x, int64_t d, int64_t low, int64_t high,
       constexpr int First = decltype(first)::value, Count = decltype(count)::value;
       const auto add_from = [&](auto single, int64_t at, int64_t step, int64_t steps) NA2D_ALWAYS_INLINE {
         add_source<Pairs, decltype(single)::value, First, Count, Pixels, Vecs>(
-            sum, source, x + at * g.weight_step, step * g.weight_step, x * g.column_step + d + at * g.pixel_step,
-            step * g.pixel_step, g.column_step, steps);
+            sum, source, x + at * g.weight_step, step * g.weight_step, x * g.dims + d + at * g.pixel_step,
+            step * g.pixel_step, g.dims, steps);
       };
       if constexpr (Pairs) {
         add_from(std::false_type(), low + g.pair_step, 2, (high - low + 1) / 2);

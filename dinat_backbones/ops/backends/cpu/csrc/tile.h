@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "na2d.h"
@@ -17,39 +16,31 @@ struct Range {
   int64_t low, inner_low, inner_high, high;
 };
 
-// Rows of one head as pixels, [column][dim], in float32 or in pairs with the pixel `dilation` columns further: read where they are
-// if they are that, else from a copy.
+// Rows of one head, copied as pixels, [column][dim], in float32 or in pairs with the pixel `dilation` columns further. In the caller's
+// arrays pixels are far apart, and would share few sets of the cache.
 template <class T>
 struct PixelRows {
   const Na2dProblem& p;
   const Na2dView& view;
   const Item& item;
   const int64_t begin, end, dims;  // columns that are there; dims: whole vectors
-  const bool in_place;
-  const int64_t column_step;
-  float* copies;
+  float* const copies;
 
   PixelRows(const Na2dProblem& p, const Na2dView& view, const Item& item, int64_t begin, int64_t end, int64_t slots,
             float*& scratch)
-      : p(p), view(view), item(item), begin(begin), end(end), dims(round_up(p.dim, L)),
-        in_place(std::is_same_v<T, float> && view.stride[4] == 1 && dims == p.dim),
-        column_step(in_place ? view.stride[2] : dims), copies(scratch) {
+      : p(p), view(view), item(item), begin(begin), end(end), dims(round_up(p.dim, L)), copies(scratch) {
     scratch += slots * (end - begin) * dims;
   }
 
-  // Makes a map row readable at a slot.
+  // Copies a map row to a slot.
   void fetch(int64_t slot, int64_t map_row) const {
     float* const copy = copies + slot * (end - begin) * dims;
     if constexpr (kPairs<T>)
       load_row_pairs(view, p, item.batch, map_row, item.head, begin, end, p.dilation, copy, dims);
-    else if (!in_place)
+    else
       load_row<T>(view, p, item.batch, map_row, item.head, begin, end, copy, dims);
   }
-  const float* at(int64_t slot, int64_t map_row, int64_t column) const {
-    if (!in_place) return copies + (slot * (end - begin) + column - begin) * dims;
-    return static_cast<const float*>(view.data) + item.batch * view.stride[0] + map_row * view.stride[1] +
-           column * view.stride[2] + item.head * view.stride[3];
-  }
+  const float* at(int64_t slot, int64_t column) const { return copies + (slot * (end - begin) + column - begin) * dims; }
 };
 
 // The part of scratch that is common to both passes, and the steps they share.
@@ -264,13 +255,13 @@ struct Tile {
     const int64_t x = begin + from * L;
     g.sources.clear();
     for_key_rows([&](int64_t k, int64_t first, int64_t count) {
-      Source row{source.at(slot(k), map_row(k), x), {}, int(first), int(count)};
+      Source row{source.at(slot(k), x), {}, int(first), int(count)};
       for (int64_t r = 0; r < count; ++r)
         row.weights[r] = weights + logit_index(first + r, k - start(this->row + first + r), 0, ld) + (from - origin) * L;
       g.sources.push_back(row);
     });
     g.dims = vector_dims, g.rows = int(rows);
-    g.column_step = source.column_step, g.pixel_step = p.dilation * source.column_step, g.weight_step = ld;
+    g.pixel_step = p.dilation * vector_dims, g.weight_step = ld;
     for (int64_t r = 0; r < rows; ++r) g.targets[r] = out + r * out_row;
     g.pair_step = 0;
     gather<kPairs<T>>(g, 0, std::min(to * L, end - begin) - from * L, columns.first + x, columns.last + x, false);
