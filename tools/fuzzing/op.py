@@ -171,7 +171,8 @@ def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     e_logits = u * ((dim + 4) * case.scale * over_dims(q_, k_) + 4 * bias.abs())
     below = (logits - logits.amax(-1, keepdim=True)).abs()
     relative = 2 * e_logits.amax(-1, keepdim=True) + 2 * u * (below + (p * below).sum(-1, keepdim=True)) + n * u
-    e_p = p * torch.expm1(relative.clamp(max=20)) + torch.finfo(dtype).tiny
+    # 2: weights below exp(-87), 1.4 times the smallest normal number, are zeros in the C++ kernel
+    e_p = p * torch.expm1(relative.clamp(max=20)) + 2 * torch.finfo(dtype).tiny
     e_out = over_keys(e_p + (n * u + w) * p, v_) + 2 * u * out.abs()
     e_grad_p = u * (dim + 2) * over_dims(g_, v_)
     e_delta = (e_p * grad_p.abs() + p * e_grad_p + n * u * p * grad_p.abs()).sum(-1, keepdim=True)
