@@ -135,14 +135,14 @@ def validate(name: str, args: argparse.Namespace) -> Tally:
     row = ROWS[name]
     dataset = find_images(args.folder, row, args.checkpoint is not None)
     state = args.state / f"{name}-{_fingerprint(name, args, dataset)}.json"
-    if args.force:
-        state.unlink(missing_ok=True)
-    tally = read_state(state)
+    tally = Tally() if args.force else read_state(state)
     if tally.done == len(dataset):
         print(f"{name}: counted before ({state}; --force counts anew)", flush=True)
         return tally
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load(name, args.checkpoint, dataset).to(device).eval()
+    if args.force:  # not before: weights that cannot be loaded cost no count
+        state.unlink(missing_ok=True)
     if tally.done:
         print(f"{name}: continuing after {tally.done} of {len(dataset)} images", flush=True)
     loader = DataLoader(

@@ -141,6 +141,9 @@ def test_interruption_around_writing_names_what_was_written(tool, folder, checkp
     assert f"stopped after {state['done']} of 18 images; the same command without --force continues" in message
     # a count anew that is interrupted before its first batch does not fall back to the old count
     monkeypatch.setattr(validate, "_count", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with monkeypatch.context() as broken:  # weights that cannot be loaded cost no count
+        broken.setattr(validate, "load", lambda *_: (_ for _ in ()).throw(ValueError("damaged")))
+        assert "damaged" in tool(*words, "--force") and list(states(tmp_path).values()) == [state]
     assert "stopped after 0 of 18 images" in tool(*words, "--force") and not states(tmp_path)
 
 
