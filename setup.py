@@ -34,8 +34,15 @@ if X86:
         ("avx2", 8, ["-mavx2", "-mfma"], ["/arch:AVX2"]),
         ("avx512", 16, AVX512, ["/arch:AVX512"]),
     ]
-# Products of bfloat16, which GCC knows from 10 on and Clang from 9 on; without them bfloat16 is widened.
-BF16_PRODUCTS = ["-mavx512bf16"] if X86 else []
+# Products of bfloat16: source, flags. GCC knows the first from 10 on and Clang from 9 on, the second both from 11 on; a set
+# that the compiler does not know is left out, with those after it.
+BF16_SETS = []
+if X86:
+    BF16 = [*AVX512, "-mavx512bf16"]
+    BF16_SETS = [
+        ("avx512_bf16", "kernel.cpp", BF16),
+        ("amx_bf16", "amx.cpp", [*BF16, "-mamx-tile", "-mamx-bf16"]),
+    ]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden"]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/EHsc"]
 
@@ -59,11 +66,11 @@ class BuildKernel(build_ext):
         for name, lanes, unix_flags, msvc_flags in INSTRUCTION_SETS:
             macros = [("NA2D_ISA", name), ("NA2D_LANES", str(lanes))]
             objects += compile_("kernel.cpp", msvc_flags if msvc else unix_flags, macros, folder=name)
-        if BF16_PRODUCTS and not msvc:
-            macros = [("NA2D_ISA", "avx512_bf16"), ("NA2D_LANES", "16"), ("NA2D_BF16_PRODUCTS", "1")]
-            with contextlib.suppress(CompileError):
-                objects += compile_("kernel.cpp", AVX512 + BF16_PRODUCTS, macros, folder="avx512_bf16")
-                available.append(("NA2D_AVX512_BF16", "1"))
+        with contextlib.suppress(CompileError):
+            for name, source, flags in [] if msvc else BF16_SETS:
+                macros = [("NA2D_ISA", name), ("NA2D_LANES", "16"), ("NA2D_BF16_PRODUCTS", "1")]
+                objects += compile_(source, flags, macros, folder=name)
+                available.append((f"NA2D_{name.upper()}", "1"))
         objects += compile_("na2d.cpp", [], available)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), target_lang="c++", extra_postargs=[] if msvc else ["-pthread"]

@@ -6,6 +6,11 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(NA2D_X86) && defined(__GNUC__)
+#include <cpuid.h>
 #endif
 #if defined(_MSC_VER)
 #include <malloc.h>
@@ -45,6 +50,18 @@ inline bool has_avx512() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
+}
+// Linux lets a process use tiles only after it has asked.
+inline bool has_amx_bf16() {
+#if defined(__linux__)
+  unsigned eax, ebx, ecx, edx = 0;
+  const unsigned needed = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & needed) != needed) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and the state's number
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 

@@ -22,6 +22,9 @@ constexpr int64_t kForwardBytes = 1 << 20, kBackwardBytes = 4 << 20, kTableBytes
 std::vector<const Kernels*> supported() {
   std::vector<const Kernels*> found;
 #ifdef NA2D_X86
+#ifdef NA2D_AMX_BF16
+  if (has_avx512() && has_avx512_bf16() && has_amx_bf16()) found.push_back(&amx_bf16);
+#endif
 #ifdef NA2D_AVX512_BF16
   if (has_avx512() && has_avx512_bf16()) found.push_back(&avx512_bf16);
 #endif

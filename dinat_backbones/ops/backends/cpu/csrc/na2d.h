@@ -43,7 +43,7 @@ NA2D_EXPORT int64_t na2d_problem_size();  // sizeof(Na2dProblem)
 // 0 on success, 1 when memory ran out.
 NA2D_EXPORT int na2d_forward(const Na2dProblem* problem);
 NA2D_EXPORT int na2d_backward(const Na2dProblem* problem);
-// "avx512_bf16", "avx512", "avx2" or "baseline": the instruction set in use, by default the best that the machine has.
+// "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline": the instruction set in use, by default the best that the machine has.
 NA2D_EXPORT const char* na2d_instruction_set();
 // Switches to that instruction set (for tests). 0 on success, 1 if this machine or build does not have it.
 NA2D_EXPORT int na2d_use_instruction_set(const char* name);
@@ -79,7 +79,7 @@ inline int64_t last_query(int64_t position, int64_t length, int64_t kernel) {
   return position >= length - kernel ? length - 1 : position + kernel / 2;
 }
 
-// The kernels, compiled once per instruction set from kernel.cpp.
+// The kernels, compiled once per instruction set from kernel.cpp; those of amx_bf16 from amx.cpp.
 struct Kernels {
   void (*forward)(const Na2dProblem&, const Columns&, const Item&, float* scratch);
   void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);  // adds to grad_rpb
@@ -87,6 +87,6 @@ struct Kernels {
   int64_t (*backward_floats)(const Na2dProblem&, int64_t columns);
   const char* name;
 };
-extern const Kernels baseline, avx2, avx512, avx512_bf16;
+extern const Kernels baseline, avx2, avx512, avx512_bf16, amx_bf16;
 
 }  // namespace na2d

@@ -1,0 +1,899 @@
+// The instruction set "amx_bf16": bfloat16 with the matrix tiles of AMX; everything else as with "avx512_bf16".
+//
+// Layout. The queries and keys of one dilation group of rows and one of columns are a dense map, whose windows overlap. A block
+// is kBlockRows rows of up to kBlockColumns neighboring queries there, one query per row of a tile; in each key row their
+// windows lie within 16 columns, the columns of another. So scores are products of whole tiles, of which each query's softmax
+// reads its own K columns, and weights go back to the same places among zeros for the weighted sums.
+// A key row is kept as two tiles per block, as keys to multiply queries with and as values to sum up.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "na2d.h"
+#include "rows.h"
+#include "vector.h"
+
+namespace na2d {
+namespace {
+
+constexpr int kTile = 16;                   // rows of a tile, and 32-bit lanes of one
+constexpr int kTileFloats = kTile * kTile;  // 1 KiB
+constexpr int kBlockRows = 2, kBlockColumns = 8, kHalf = 8;
+constexpr int kMostKernel = 7;              // 8 windows and the gaps between them span 14 columns; half a vector holds a row of one
+constexpr int64_t kChunk = 32;              // dims of a tile
+constexpr int64_t kSmallGroup = 1024;       // positions of a group whose pixels stay in the L2 cache until it is their turn
+static_assert(kBlockRows * kBlockColumns == kTile && kBlockColumns + kMostKernel - 1 <= kTile && L == kTile);
+
+bool fits(const Na2dProblem& p) { return p.bf16 && 3 <= p.kernel && p.kernel <= kMostKernel; }
+
+// All tiles of 16 rows of 64 bytes. The thread's tiles are free again at the end: a system call need not save them then.
+struct TilesInUse {
+  TilesInUse() {
+    alignas(64) static const struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TilesInUse() { _tile_release(); }
+  TilesInUse(const TilesInUse&) = delete;
+};
+
+// Up to kBlockColumns neighboring queries of a group of columns, as positions there, and the first of 16 keys around them.
+struct Block {
+  int64_t query, count, key;
+  int64_t keys;                   // which of the group's tiles of keys, see ColumnGroup
+  uint8_t offset[kBlockColumns];  // from that key to the first one of each window
+  uint8_t bias[kBlockColumns];    // column of that key in the bias table
+};
+
+// One group of columns: column = group + position * dilation.
+struct ColumnGroup {
+  int64_t group, length;
+  std::vector<Block> blocks;
+  std::vector<int64_t> keys;  // the first key of each tile of a key row, kHalf from one to the next
+
+  // For the queries at positions [from, to).
+  ColumnGroup(const Na2dProblem& p, int64_t group, int64_t from, int64_t to)
+      : group(group), length(group_length(p.width, p.dilation, group)) {
+    for (int64_t query = from; query < to; query += blocks.back().count) {
+      const int64_t key = window_start(query, length, p.kernel) / kHalf * kHalf;
+      if (keys.empty() || keys.back() != key) keys.push_back(key);
+      Block block{query, 0, key, int64_t(keys.size()) - 1, {}, {}};
+      for (int64_t c = 0; c < std::min<int64_t>(kBlockColumns, to - query); ++c) {
+        const int64_t start = window_start(query + c, length, p.kernel);
+        if (start > key + kTile - kHalf) break;
+        block.offset[c] = uint8_t(start - key);
+        block.bias[c] = uint8_t(start - (query + c) + p.kernel - 1);
+        ++block.count;
+      }
+      blocks.push_back(block);
+    }
+  }
+};
+
+// The first position of a group of columns at or behind a column.
+inline int64_t position_of(const Na2dProblem& p, int64_t group, int64_t column) {
+  return column <= group ? 0 : (column - group + p.dilation - 1) / p.dilation;
+}
+// Tiles of keys that so many neighboring queries need at most.
+inline int64_t key_tiles_of(int64_t positions) { return positions / kHalf + 2; }
+inline int64_t chunks_of(const Na2dProblem& p) { return round_up(p.dim, kChunk) / kChunk; }
+
+// 32 dims of a pixel, of which `left` are there; the others are zeros.
+inline __m512i load_dims(const Half* pixel, int64_t step, int64_t left) {
+  if (step == 1) return left >= kChunk ? _mm512_loadu_si512(pixel) : _mm512_maskz_loadu_epi16((1u << left) - 1, pixel);
+  Half dims[kChunk] = {};
+  for (int64_t d = 0; d < std::min(left, kChunk); ++d) dims[d] = pixel[d * step];
+  return _mm512_loadu_si512(dims);
+}
+
+inline void store_dims(__m512i dims, int64_t step, int64_t left, Half* pixel) {
+  if (step == 1 && left >= kChunk) return _mm512_storeu_si512(pixel, dims);
+  Half copy[kChunk];
+  _mm512_storeu_si512(copy, dims);
+  for (int64_t d = 0; d < std::min(left, kChunk); ++d) pixel[d * step] = copy[d];
+}
+
+// The largest bits of values without their signs, to find those that are not finite: times a weight of zero they would not be zero.
+struct Finite {
+  __m512i most = _mm512_setzero_si512();
+  void see(__m512i values) { most = _mm512_max_epu16(most, _mm512_and_si512(values, _mm512_set1_epi16(0x7fff))); }
+  bool all() const { return !_mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(0x7f80)); }
+};
+
+// One head of a map, row by row.
+struct Pixels {
+  const Na2dView& view;
+  const int64_t dim, dilation;
+  const Half* const head;
+
+  Pixels(const Na2dView& view, const Na2dProblem& p, const Item& item)
+      : view(view), dim(p.dim), dilation(p.dilation),
+        head(static_cast<const Half*>(view.data) + item.batch * view.stride[0] + item.group * view.stride[1] +
+             item.head * view.stride[3]) {}
+
+  const Half* at(int64_t row, int64_t column) const { return head + row * dilation * view.stride[1] + column * view.stride[2]; }
+
+  // All that lies in the same row and column.
+  void fetch(int64_t row, int64_t column) const {
+    const Half* const pixel = at(row, column);
+    for (int64_t d = 0; d < dim; d += kChunk) prefetch(pixel + d);
+  }
+
+  // Dims [d, d + 32) of pixels of a group of columns, from `position` on; zeros behind `count` and behind the group's end.
+  template <int Most>
+  void load_pixels(const ColumnGroup& columns, int64_t row, int64_t position, int64_t count, int64_t d, __m512i (&out)[Most]) const {
+    const Half* pixel = at(row, columns.group + position * dilation) + d * view.stride[4];
+    const int64_t step = dilation * view.stride[2], there = std::min<int64_t>(count, columns.length - position);
+    if (there == Most && view.stride[4] == 1 && dim - d >= kChunk) {
+      NA2D_UNROLL(16)
+      for (int i = 0; i < Most; ++i) out[i] = _mm512_loadu_si512(pixel + i * step);
+      return;
+    }
+    for (int64_t i = 0; i < Most; ++i, pixel += step)
+      out[i] = i < there ? load_dims(pixel, view.stride[4], dim - d) : _mm512_setzero_si512();
+  }
+
+  // Dims [d, d + 32) of one of them, in two vectors of 16; with `InFours`, every other four dims are in the first one.
+  template <bool InFours>
+  void store_pixel(const ColumnGroup& columns, int64_t row, int64_t position, int64_t d, Vec low, Vec high) const {
+    Half* const pixel = const_cast<Half*>(at(row, columns.group + position * dilation)) + d * view.stride[4];
+    __m512i dims = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+    if constexpr (InFours) dims = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), dims);
+    store_dims(dims, view.stride[4], dim - d, pixel);
+  }
+};
+
+// out[pair of dims][key]: the right-hand side of scores.
+inline void store_transposed(const __m512i* pixels, float* out) {
+  Vec rows[kTile];
+  NA2D_UNROLL(16)
+  for (int i = 0; i < kTile; ++i) rows[i] = Vec(pixels[i]);
+  transpose(rows);
+  NA2D_UNROLL(16)
+  for (int i = 0; i < kTile; ++i) store(out + i * kTile, rows[i]);
+}
+
+// out[pair of pixels][dim], `ld` floats per pair: the right-hand side of weighted sums. Of 32 dims, every other four come first,
+// see `store_pixel`.
+inline void store_paired(const __m512i* pixels, int64_t ld, float* out) {
+  NA2D_UNROLL(8)
+  for (int i = 0; i < kTile; i += 2, out += ld) {
+    store(out, Vec(_mm512_unpacklo_epi16(pixels[i], pixels[i + 1])));
+    store(out + L, Vec(_mm512_unpackhi_epi16(pixels[i], pixels[i + 1])));
+  }
+}
+
+// 2^x for x <= 0, to 4e-6 of its value; 0 below -127 and for -inf, NaN for NaN.
+inline Vec exp2_of_negative(Vec x) {
+  x = Vec(_mm512_max_ps(__m512(splat(-127.f)), __m512(x)));  // of a NaN the second
+  const Vec shifter = splat(12582912.f + 127);
+  const Vec shifted = x + shifter;
+  const Vec f = x - (shifted - shifter);
+  Vec p = splat(9.57010221e-3f);
+  p = p * f + splat(5.59178628e-2f);
+  p = p * f + splat(.240247443f);
+  p = p * f + splat(.693121791f);
+  p = p * f + splat(.999999285f);
+  return p * as_float(as_int(shifted) << 23);
+}
+
+// Lane q: what `op` makes of all lanes of values[q].
+template <int Step = kTile / 2, class Op>
+inline Vec reduce(Vec* values, Op op) {
+  NA2D_UNROLL(8)
+  for (int i = 0; i < Step; ++i)
+    values[i] = op(interleave<Step, false>(values[i], values[i + Step]), interleave<Step, true>(values[i], values[i + Step]));
+  if constexpr (Step > 1)
+    return reduce<Step / 2>(values, op);
+  else
+    return values[0];
+}
+
+inline Vec plus(Vec a, Vec b) { return a + b; }
+inline Vec larger(Vec a, Vec b) { return Vec(_mm512_max_ps(__m512(a), __m512(b))); }  // the second where one is NaN
+
+// The queries of a block, up to two rows of them.
+struct Queries {
+  int64_t rows;
+  int64_t bias[kBlockRows];  // row of the bias table for the first row of each window
+  int64_t key[kBlockRows];   // the first row of each window, counted from `base`
+  int64_t base, stop;        // key rows of all windows; base is the first one of a pair, and may lie one before them
+
+  // Rows of keys are paired so that `phase` + the first one is even.
+  Queries(int64_t row, int64_t rows, int64_t length, int64_t kernel, int64_t phase) : rows(rows) {
+    const int64_t first = window_start(row, length, kernel);
+    base = first - (first + phase) % 2, stop = window_start(row + rows - 1, length, kernel) + kernel;
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      const int64_t start = window_start(row + std::min(r, rows - 1), length, kernel);
+      bias[r] = start - (row + r) + kernel - 1, key[r] = start - base;
+    }
+  }
+  int64_t pairs() const { return (stop - base + 1) / 2; }
+};
+
+// Calls body(query, row, column) for the queries of a block; query: the row of a tile.
+template <class Body>
+inline void for_queries(const Block& block, const Queries& queries, Body body) {
+  for (int64_t r = 0; r < queries.rows; ++r)
+    for (int64_t c = 0; c < block.count; ++c) body(r * kBlockColumns + c, r, c);
+}
+
+// Key rows that the tiles of a block hold: its windows, and what else is in the pairs that they begin and end in.
+template <int K, int Rows>
+constexpr int kRing = (Rows + K + 2) / 2 * 2;
+
+// What has one number for each neighbor of a query: two rows of its window in a vector, each in a half of it. They are the rows
+// of a pair of key rows, so a window that begins with the second one of a pair (`Odd`) leaves half of its first vector unused,
+// another one half of its last.
+template <int K>
+struct Windows {
+  static constexpr int kPairs = (K + 1) / 2, kSpan = 2 * K - 1;
+
+  // Tables of bias, [first column of a window in the bias table][row of it, behind one row and before another][lane of a half].
+  static constexpr int64_t kTable = K * (kSpan + 2) * kHalf;
+  template <bool Odd>
+  static int64_t cell(int64_t row, int64_t column) { return (column * (kSpan + 2) + row + 1 - Odd) * kHalf; }
+  // Calls body(index in such a table, index in a bias table [2K-1, 2K-1]) for each cell of the former.
+  template <class Body>
+  static void for_cells(Body body) {
+    for (int column = 0; column < K; ++column)
+      for (int row = 0; row < kSpan; ++row)
+        for (int i = 0; i < K; ++i) body(cell<false>(row, column) + i, row * kSpan + column + i);
+  }
+
+  // Lanes that are neighbors.
+  template <bool Odd>
+  static constexpr __mmask16 lanes(int pair) {
+    const auto half = [](int row) { return 0 <= row && row < K ? (1 << K) - 1 : 0; };
+    return __mmask16(half(2 * pair - Odd) | half(2 * pair + 1 - Odd) << kHalf);
+  }
+
+  // Where the first vector lies in tiles of products, [key row][query][key], and in tiles of weights, see below.
+  static int64_t product(const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) {
+    return (queries.key[r] / 2 * 2 * kTile + q) * kTile + block.offset[c];
+  }
+  static Vec load_pair(const float* first, int pair) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first + 2 * pair * kTileFloats));
+    return Vec(_mm512_insertf32x8(low, _mm256_loadu_ps(first + (2 * pair + 1) * kTileFloats), 1));
+  }
+};
+
+// Calls body(query, row, column, std::bool_constant<Odd>) for the queries of a block; query: the row of a tile.
+template <class Body>
+inline void for_windows(const Block& block, const Queries& queries, Body body) {
+  for (int64_t r = 0; r < queries.rows; ++r)
+    if (queries.key[r] % 2)
+      for (int64_t c = 0; c < block.count; ++c) body(r * kBlockColumns + c, r, c, std::true_type());
+    else
+      for (int64_t c = 0; c < block.count; ++c) body(r * kBlockColumns + c, r, c, std::false_type());
+}
+
+// Weights, or their gradients, in bfloat16: left-hand sides of sums over keys, [pair of key rows][query][row of the pair][key], with
+// zeros between the windows.
+template <int K>
+struct Weights {
+  static constexpr int64_t kFloats = kRing<K, kBlockRows> / 2 * kTileFloats;
+  float* const tiles;
+
+  // Half vectors of neighbors go `offset` keys to the right in the row of theirs.
+  struct Shift {
+    __m512i from;
+    __mmask32 there;
+    explicit Shift(int64_t offset) {
+      const __m512i key = _mm512_sub_epi16(_mm512_and_si512(load_turns(), _mm512_set1_epi16(kTile - 1)), _mm512_set1_epi16(short(offset)));
+      there = _mm512_cmplt_epu16_mask(key, _mm512_set1_epi16(kHalf));
+      from = _mm512_or_si512(key, _mm512_srli_epi16(_mm512_and_si512(load_turns(), _mm512_set1_epi16(kTile)), 1));
+    }
+    static __m512i load_turns() {
+      HalfPairs turns;
+      NA2D_UNROLL(32)
+      for (int i = 0; i < 2 * L; ++i) turns[i] = short(i);
+      return __m512i(turns);
+    }
+  };
+
+  float* row(const Queries& queries, int64_t q, int64_t r) const { return tiles + (queries.key[r] / 2 * kTile + q) * L; }
+  static void store_pair(float* row, const Shift& shift, int pair, Vec weights) {
+    const __m512i halves = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(__m512(weights)));
+    store(row + pair * kTileFloats, Vec(_mm512_maskz_permutexvar_epi16(shift.there, shift.from, halves)));
+  }
+  // Each query stores kPairs pairs of key rows. Zeros for the others, where those of a block attend to more, and, for sums over
+  // `all` queries of a tile, where a block has fewer.
+  void clear(const Block& block, const Queries& queries, bool all) const {
+    const bool fewer = block.count < kBlockColumns || queries.rows < kBlockRows;
+    if (queries.pairs() > Windows<K>::kPairs || (all && fewer)) std::fill_n(tiles, queries.pairs() * kTileFloats, 0.f);
+  }
+};
+
+// Softmax over windows.
+template <int K>
+struct Softmax {
+  static constexpr int kPairs = Windows<K>::kPairs;
+  static constexpr int64_t kFloats = Windows<K>::kTable + kPairs * kTile * L;
+  static constexpr float kLog2e = 1.44269504f;
+  const float scale;
+  float *const bias, *const exponents;
+
+  Softmax(const Na2dProblem& p, int64_t head, float* scratch)
+      : scale(p.scale * kLog2e), bias(scratch), exponents(bias + Windows<K>::kTable) {
+    std::fill_n(bias, Windows<K>::kTable, 0.f);
+    if (p.rpb) {
+      const float* const table = p.rpb + head * Windows<K>::kSpan * Windows<K>::kSpan;
+      Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table[cell] * kLog2e; });
+    }
+  }
+
+  // Calls body(query, row, column, pair of rows of its window, weights of it before they are divided by their sum), and first(query)
+  // and second(query) between the steps for those queries.
+  template <class First, class Second, class Body>
+  void run(const float* products, const Block& block, const Queries& queries, float* inverse, First first, Second second, Body body) const {
+    const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+    Vec highest[kTile] = {}, total[kTile] = {};
+    for_windows(block, queries, [&](int64_t q, int64_t r, int64_t c, auto odd) {
+      constexpr bool Odd = decltype(odd)::value;
+      const float* const from = products + Windows<K>::product(block, queries, q, r, c);
+      const float* const row = bias + Windows<K>::template cell<Odd>(queries.bias[r], block.bias[c]);
+      float* const to = exponents + q * kPairs * L;
+      Vec most = nothing;
+      NA2D_UNROLL(4)
+      for (int i = 0; i < kPairs; ++i) {
+        constexpr auto lanes = [](int pair) { return Windows<K>::template lanes<Odd>(pair); };
+        const __m512 added = _mm512_mask_loadu_ps(__m512(nothing), lanes(i), row + 2 * i * kHalf);
+        const Vec y = Vec(_mm512_mask3_fmadd_ps(__m512(Windows<K>::load_pair(from, i)), __m512(splat(scale)), added, lanes(i)));
+        store(to + i * L, y);
+        most = larger(y, most);
+      }
+      highest[q] = most;
+      first(q);
+    });
+    alignas(64) float shift[kTile];
+    store(shift, reduce(highest, larger));
+    for_windows(block, queries, [&](int64_t q, int64_t r, int64_t c, auto) {
+      const float* const from = exponents + q * kPairs * L;
+      Vec sum{};
+      const auto finish = body(q, r, c);
+      NA2D_UNROLL(4)
+      for (int i = 0; i < kPairs; ++i) {
+        const Vec y = exp2_of_negative(load(from + i * L) - splat(shift[q]));
+        sum += y;
+        finish(i, y);
+      }
+      total[q] = sum;
+      second(q);
+    });
+    store(inverse, splat(1.f) / reduce(total, plus));
+  }
+};
+
+// One left-hand tile times one right-hand tile for each chunk of dims, summed up: out[query][key].
+inline void multiply_chunks(const float* left, const float* right, int64_t chunks, float* out) {
+  _tile_zero(0);
+  for (int64_t c = 0; c < chunks; ++c) {
+    _tile_loadd(1, left + c * kTileFloats, 64);
+    _tile_loadd(2, right + c * kTileFloats, 64);
+    _tile_dpbf16ps(0, 1, 2);
+  }
+  _tile_stored(0, out, 64);
+}
+
+// Pixels of one key row around a block, as right-hand sides: transposed for scores, and paired for sums.
+struct KeyTiles {
+  const ColumnGroup& columns;
+  const int64_t chunks, slot_floats, block_floats;
+
+  KeyTiles(const ColumnGroup& columns, int64_t chunks, int64_t slots)
+      : columns(columns), chunks(chunks), slot_floats(chunks * kTileFloats), block_floats(slots * chunks * kTileFloats) {}
+
+  int64_t at(const Block& block, int64_t slot) const { return block.keys * block_floats + slot * slot_floats; }
+  void pack(const Pixels& map, const Block& block, int64_t row, float* transposed, float* paired, Finite* finite) const {
+    for (int64_t c = 0; c < chunks; ++c) {
+      __m512i pixels[kTile];
+      map.load_pixels(columns, row, block.key, kTile, c * kChunk, pixels);
+      if (transposed) store_transposed(pixels, transposed + c * kTileFloats);
+      if (paired) {
+        store_paired(pixels, chunks * 2 * L, paired + c * 2 * L);
+        for (const __m512i& pixel : pixels) finite->see(pixel);
+      }
+    }
+  }
+};
+
+// The queries of a block as a left-hand tile for each chunk of dims; `finite` sees them.
+inline void load_queries(const Pixels& map, const ColumnGroup& columns, const Block& block, int64_t row, const Queries& queries,
+                         int64_t chunks, float* out, Finite* finite = nullptr) {
+  for (int64_t c = 0; c < chunks; ++c)
+    for (int64_t r = 0; r < queries.rows; ++r) {
+      __m512i pixels[kBlockColumns];
+      map.load_pixels(columns, row + r, block.query, block.count, c * kChunk, pixels);
+      NA2D_UNROLL(8)
+      for (int i = 0; i < kBlockColumns; ++i) {
+        store(out + c * kTileFloats + (r * kBlockColumns + i) * L, Vec(pixels[i]));
+        if (finite) finite->see(pixels[i]);
+      }
+    }
+}
+
+// sums[query][32 dims]: over pairs of key rows, of weights times pixels. They stay in tiles 3 and 4 from start to end.
+inline void start_sums() {
+  _tile_zero(3);
+  _tile_zero(4);
+}
+inline void add_pair(const float* weights, const float* paired, int64_t chunks) {
+  _tile_loadd(5, weights, 64);
+  _tile_loadd(6, paired, chunks * 2 * L * 4);
+  _tile_loadd(7, paired + L, chunks * 2 * L * 4);
+  _tile_dpbf16ps(3, 5, 6);
+  _tile_dpbf16ps(4, 5, 7);
+}
+inline void end_sums(float* sums) {
+  _tile_stored(3, sums, 2 * L * 4);
+  _tile_stored(4, sums + L, 2 * L * 4);
+}
+
+// Those sums to the pixels of a block, times factor(query).
+template <class Factor>
+void store_sums(const float* sums, int64_t chunks, const ColumnGroup& columns, const Block& block, int64_t row,
+                const Queries& queries, const Pixels& out, Factor factor) {
+  for (int64_t c = 0; c < chunks; ++c, sums += 2 * kTileFloats)
+    for_queries(block, queries, [&](int64_t q, int64_t r, int64_t column) {
+      const Vec by = splat(factor(q));
+      out.store_pixel<true>(columns, row + r, block.query + column, c * kChunk, load(sums + q * 2 * L) * by, load(sums + q * 2 * L + L) * by);
+    });
+}
+
+// Scratch, piece by piece.
+struct Scratch {
+  float* next;
+  float* take(int64_t floats) {
+    float* const piece = next;
+    next += floats;
+    return piece;
+  }
+};
+
+template <int K>
+struct Forward {
+  static constexpr int kKeyRows = kRing<K, kBlockRows>;
+
+  // A block on its way: the tiles of one are computed while the softmax of another is.
+  struct Step {
+    const Block* block = nullptr;
+    int64_t row = 0;
+    Queries queries{0, 0, 1, 1, 0};
+    int64_t products_done = 0, sums_done = 0;  // the next key row, and how many pairs of them in how many chunks
+    float *products, *sums, *inverse;
+    Weights<K> weights;
+  };
+
+  const Na2dProblem& p;
+  const Item& item;
+  const int64_t chunks, length;  // length: of the group of rows
+  const Pixels queries, keys, values, out;
+  Softmax<K> softmax;
+  float* const query_tile;
+  Step steps[3];
+  float* const tiles;
+
+  static constexpr int64_t kStep = (kKeyRows + 1) * kTileFloats + Weights<K>::kFloats;
+  static int64_t floats(const Na2dProblem& p, int64_t columns) {
+    return Softmax<K>::kFloats + 3 * kStep +
+           chunks_of(p) * kTileFloats * (1 + 3 * 2 + 2 * kKeyRows * key_tiles_of(columns / p.dilation + 1));
+  }
+
+  Forward(const Na2dProblem& p, const Item& item, Scratch scratch)
+      : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
+        keys(p.key, p, item), values(p.value, p, item), out(p.out, p, item),
+        softmax(p, item.head, scratch.take(Softmax<K>::kFloats)),
+        query_tile(scratch.take(chunks * kTileFloats)), steps{new_step(scratch), new_step(scratch), new_step(scratch)},
+        tiles(scratch.next) {}
+  Step new_step(Scratch& scratch) const {
+    float* const products = scratch.take(kKeyRows * kTileFloats);
+    float* const sums = scratch.take(2 * chunks * kTileFloats);
+    float* const inverse = scratch.take(kTileFloats);
+    return Step{nullptr, 0, {0, 0, 1, 1, 0}, 0, 0, products, sums, inverse, {scratch.take(Weights<K>::kFloats)}};
+  }
+
+  // False when a value is not finite; some of the output may be stored then.
+  bool run() {
+    const TilesInUse in_use;
+    for (int64_t group = 0; group < p.dilation; ++group) {
+      const ColumnGroup columns(p, group, position_of(p, group, item.column_begin), position_of(p, group, item.column_end));
+      if (!columns.blocks.empty() && !run(columns)) return false;
+    }
+    return true;
+  }
+
+  bool run(const ColumnGroup& columns) {
+    const KeyTiles layout(columns, chunks, kKeyRows);
+    const int64_t phase = (item.row_begin + K / 2) % 2;  // most windows begin with the first row of a pair
+    const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
+    float *const key_tiles = tiles, *const value_tiles = tiles + int64_t(columns.keys.size()) * layout.block_floats;
+    std::fill_n(value_tiles, int64_t(columns.keys.size()) * layout.block_floats, 0.f);  // what weights of zero are multiplied with
+    Finite finite;
+
+    int64_t packed = 0, count = 0;
+    const auto load = [&](Step& step) {
+      const Block& block = *step.block;
+      if (&block == columns.blocks.data() || block.keys != (&block)[-1].keys)
+        for (int64_t k = std::max(packed, window_start(step.row, length, K)); k < step.queries.stop; ++k) {
+          layout.pack(keys, block, k, key_tiles + layout.at(block, slot(k)), nullptr, nullptr);
+          layout.pack(values, block, k, nullptr, value_tiles + layout.at(block, slot(k)), &finite);
+        }
+      load_queries(queries, columns, block, step.row, step.queries, chunks, query_tile);
+      step.products_done = window_start(step.row, length, K), step.sums_done = 0;
+    };
+    const auto multiply = [&](Step& step) {  // one key row
+      if (step.products_done == step.queries.stop) return false;
+      const int64_t k = step.products_done++;
+      multiply_chunks(query_tile, key_tiles + layout.at(*step.block, slot(k)), chunks, step.products + (k - step.queries.base) * kTileFloats);
+      return true;
+    };
+    const auto sum_up = [&](Step& step) {  // one pair of key rows, and one chunk of dims
+      const int64_t pairs = step.queries.pairs(), pair = step.sums_done % pairs, c = step.sums_done / pairs;
+      if (c == chunks) return false;
+      if (pair == 0) start_sums();
+      add_pair(step.weights.tiles + pair * kTileFloats,
+               value_tiles + layout.at(*step.block, slot(step.queries.base + 2 * pair)) + c * 2 * L, chunks);
+      if (pair == pairs - 1) end_sums(step.sums + c * 2 * kTileFloats);
+      ++step.sums_done;
+      return true;
+    };
+    // The products of one block and the sums of another are computed between the steps of the softmax of a third.
+    const auto work = [&](Step* next, Step& step, Step& last) {
+      if (step.block) {
+        const Block& block = *step.block;
+        step.weights.clear(block, step.queries, false);
+        softmax.run(
+            step.products, block, step.queries, step.inverse,
+            [&](int64_t q) {
+              fetch_ahead<1>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
+              if (next) multiply(*next);
+            },
+            [&](int64_t q) {
+              fetch_ahead<2>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
+              fetch_ahead<0>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
+              if (last.block) sum_up(last);
+            },
+            [&](int64_t q, int64_t r, int64_t c) {
+              return [row = step.weights.row(step.queries, q, r), shift = typename Weights<K>::Shift(block.offset[c])](int i, Vec pair) {
+                Weights<K>::store_pair(row, shift, i, pair);
+              };
+            });
+      }
+      if (next)
+        while (multiply(*next)) {}
+      if (!last.block) return;
+      while (sum_up(last)) {}
+      store_sums(last.sums, chunks, columns, *last.block, last.row, last.queries, out, [&](int64_t q) { return last.inverse[q]; });
+      last.block = nullptr;
+    };
+
+    const auto end = [&] {
+      work(nullptr, steps[(count + 2) % 3], steps[(count + 1) % 3]);
+      work(nullptr, steps[count % 3], steps[(count + 2) % 3]);
+    };
+
+    for (int64_t row = item.row_begin; row < item.row_end; row += kBlockRows) {
+      const Queries rows(row, std::min<int64_t>(kBlockRows, item.row_end - row), length, K, phase);
+      for (const Block& block : columns.blocks) {
+        Step& step = steps[count % 3];
+        step.block = &block, step.row = row, step.queries = rows;
+        load(step);
+        work(&step, steps[(count + 2) % 3], steps[(count + 1) % 3]);
+        ++count;
+      }
+      if (columns.blocks.size() == 1) end();  // the ring holds the key rows of two rows of blocks
+      if (!finite.all()) return false;
+      packed = rows.stop;
+    }
+    end();
+    return true;
+  }
+
+  // What is needed later: the same place in the next group of columns, or rows that come next.
+  template <int Which>
+  void fetch_ahead(const ColumnGroup& columns, int64_t row, int64_t position, int64_t key_row) const {
+    const int64_t column = columns.group + position * p.dilation;
+    const Pixels& map = Which == 0 ? queries : Which == 1 ? keys : values;
+    if (p.dilation > 1 && columns.length * length <= kSmallGroup) map.fetch(row, column + 1);
+    else map.fetch(Which ? key_row : row + kBlockRows, column);
+  }
+};
+
+// The backward pass of one item, which owns what it owns in backward.h.
+template <int K>
+struct Backward {
+  static constexpr int kHalves = 2, kRows = kHalves * kBlockRows;  // two tiles of queries: sums over them are of 32, a whole tile
+  static constexpr int kKeyRows = kRing<K, kRows>;
+  static constexpr int64_t kTable = Windows<K>::kTable;
+  static constexpr int64_t kProducts = kRing<K, kBlockRows> * kTileFloats;
+  const Na2dProblem& p;
+  const Item& item;
+  const int64_t chunks, length;
+  const Pixels queries, keys, values, grad_out, grad_queries, grad_keys, grad_values;
+  Softmax<K> softmax;
+  Weights<K> weights[kHalves], gradients[kHalves];  // gradients: of the logits
+  float *const table, *const products, *const grad_products, *const inverse;
+  float* const right;                             // right-hand sides of sums over queries: [key row][query of either half][key]
+  float *const query_tile, *const grad_out_tile;  // left-hand sides, [half][chunk][query][dim]
+  float *const query_dims, *const grad_out_dims;  // left-hand sides of sums over queries: [dim][query of either half]
+  float *const sums, *const tiles;
+  bool owned[kTile];
+  int64_t flushed;
+
+  static int64_t floats(const Na2dProblem& p, int64_t columns) {
+    const int64_t positions = std::min((p.width + p.dilation - 1) / p.dilation, columns / p.dilation + 1 + 2 * (K - 1));
+    return Softmax<K>::kFloats + 2 * kHalves * Weights<K>::kFloats + kTable + 2 * kProducts + (1 + 2 * kKeyRows) * kTileFloats +
+           chunks_of(p) * kTileFloats * (2 * kHalves + 4 + 2 + 7 * kKeyRows * key_tiles_of(positions));
+  }
+
+  Backward(const Na2dProblem& p, const Item& item, Scratch scratch)
+      : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
+        keys(p.key, p, item), values(p.value, p, item), grad_out(p.grad_out, p, item), grad_queries(p.grad_query, p, item),
+        grad_keys(p.grad_key, p, item), grad_values(p.grad_value, p, item),
+        softmax(p, item.head, scratch.take(Softmax<K>::kFloats)),
+        weights{{scratch.take(Weights<K>::kFloats)}, {scratch.take(Weights<K>::kFloats)}},
+        gradients{{scratch.take(Weights<K>::kFloats)}, {scratch.take(Weights<K>::kFloats)}},
+        table(scratch.take(kTable)), products(scratch.take(kProducts)), grad_products(scratch.take(kProducts)),
+        inverse(scratch.take(kTileFloats)), right(scratch.take(2 * kKeyRows * kTileFloats)),
+        query_tile(scratch.take(kHalves * chunks * kTileFloats)), grad_out_tile(scratch.take(kHalves * chunks * kTileFloats)),
+        query_dims(scratch.take(2 * chunks * kTileFloats)), grad_out_dims(scratch.take(2 * chunks * kTileFloats)),
+        sums(scratch.take(2 * chunks * kTileFloats)), tiles(scratch.next) {
+    std::fill_n(table, kTable, 0.f);
+    std::fill_n(query_tile, 2 * kHalves * chunks * kTileFloats, 0.f);
+  }
+
+  // False when a query, key or gradient of the output is not finite; some gradients may be stored then, none is in grad_rpb.
+  bool run(float* grad_rpb) {
+    const TilesInUse in_use;
+    for (int64_t group = 0; group < p.dilation; ++group) {
+      const int64_t from = position_of(p, group, item.column_begin), to = position_of(p, group, item.column_end);
+      if (from < to && !run(group, from, to)) return false;
+    }
+    Windows<K>::for_cells([&](int64_t at, int64_t cell) { grad_rpb[cell] += table[at]; });
+    return true;
+  }
+
+  // For the keys, and queries, at positions [from, to) of a group of columns.
+  bool run(int64_t group, int64_t from, int64_t to) {
+    const int64_t width = group_length(p.width, p.dilation, group);
+    const ColumnGroup columns(p, group, first_query(from, K), last_query(to - 1, width, K) + 1);
+    const KeyTiles layout(columns, chunks, kKeyRows);
+    const int64_t tile = chunks * kTileFloats, all_tiles = int64_t(columns.keys.size()) * layout.block_floats;
+    const int64_t first_row = first_query(item.row_begin, K), stop_row = last_query(item.row_end - 1, length, K) + 1;
+    const int64_t phase = (first_row + K / 2) % 2;
+    const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
+    float *const key_tiles = tiles, *const value_tiles = key_tiles + all_tiles, *const paired_keys = value_tiles + all_tiles;
+    float *const key_sums = paired_keys + all_tiles, *const value_sums = key_sums + 2 * all_tiles;  // [dim][key] for each of those
+    std::fill_n(paired_keys, 5 * all_tiles, 0.f);
+    Finite finite;
+    int64_t packed = 0;
+    flushed = item.row_begin;
+    for (int64_t row = first_row; row < stop_row; row += kRows) {
+      const int64_t count = std::min<int64_t>(kRows, stop_row - row);
+      const Queries all(row, count, length, K, phase);
+      const int64_t first = window_start(row, length, K);
+      for (const Block& block : columns.blocks) {
+        if (&block == columns.blocks.data() || block.keys != (&block)[-1].keys)
+          for (int64_t k = std::max(packed, first); k < all.stop; ++k) {
+            const int64_t at = layout.at(block, slot(k));
+            layout.pack(values, block, k, value_tiles + at, nullptr, nullptr);
+            layout.pack(keys, block, k, key_tiles + at, paired_keys + at, &finite);
+          }
+        const auto half_of = [&](int64_t half) {
+          const int64_t begin = std::min(row + half * kBlockRows, length - 1);
+          return Queries(begin, std::clamp<int64_t>(count - half * kBlockRows, 0, kBlockRows), length, K, phase);
+        };
+        const Queries halves[kHalves] = {half_of(0), half_of(1)};
+        for (int64_t half = 0; half < kHalves; ++half) {
+          const Queries& rows = halves[half];
+          const int64_t half_row = row + half * kBlockRows;
+          if (!rows.rows) continue;
+          weights[half].clear(block, rows, true);
+          gradients[half].clear(block, rows, true);
+          float *const left = query_tile + half * tile, *const grad_left = grad_out_tile + half * tile;
+          load_queries(queries, columns, block, half_row, rows, chunks, left, &finite);
+          load_queries(grad_out, columns, block, half_row, rows, chunks, grad_left, &finite);
+          for (int64_t k = window_start(half_row, length, K); k < rows.stop; ++k) {
+            const int64_t at = layout.at(block, slot(k));
+            multiply_chunks(left, key_tiles + at, chunks, products + (k - rows.base) * kTileFloats);
+            multiply_chunks(grad_left, value_tiles + at, chunks, grad_products + (k - rows.base) * kTileFloats);
+          }
+          for_queries(block, rows, [&](int64_t q, int64_t r, int64_t c) {
+            const int64_t y = half_row + r, x = block.query + c;
+            owned[q] = item.row_begin <= y && y < item.row_end && from <= x && x < to;
+          });
+          differentiate(block, rows, weights[half], gradients[half]);
+          for (int64_t c = 0; c < chunks; ++c) {
+            start_sums();
+            for (int64_t i = 0; i < rows.pairs(); ++i)
+              add_pair(gradients[half].tiles + i * kTileFloats, paired_keys + layout.at(block, slot(rows.base + 2 * i)) + c * 2 * L, chunks);
+            end_sums(sums + c * 2 * kTileFloats);
+          }
+          for (int64_t c = 0; c < chunks; ++c)
+            for_queries(block, rows, [&](int64_t q, int64_t r, int64_t column) {
+              const float* const sum = sums + (c * kTile + q) * 2 * L;
+              if (owned[q])
+                grad_queries.store_pixel<true>(columns, half_row + r, block.query + column, c * kChunk, load(sum) * splat(p.scale),
+                                               load(sum + L) * splat(p.scale));
+            });
+        }
+        if (!finite.all()) return false;
+        turn_dims(query_tile, query_dims);
+        turn_dims(grad_out_tile, grad_out_dims);
+        const int64_t begin = std::max(first, item.row_begin), end = std::min(all.stop, item.row_end);
+        turn(gradients, halves, all, right);
+        add_products(query_dims, right, all, begin, end, [&](int64_t k) { return key_sums + 2 * layout.at(block, slot(k)); });
+        turn(weights, halves, all, right + kKeyRows * kTileFloats);
+        add_products(grad_out_dims, right + kKeyRows * kTileFloats, all, begin, end, [&](int64_t k) { return value_sums + 2 * layout.at(block, slot(k)); });
+      }
+      packed = all.stop;
+      const int64_t done = row + kRows < stop_row ? window_start(row + kRows, length, K) : item.row_end;
+      for (; flushed < std::min(done, item.row_end); ++flushed) {
+        flush(layout, from, to, key_sums + 2 * slot(flushed) * tile, p.scale, grad_keys);
+        flush(layout, from, to, value_sums + 2 * slot(flushed) * tile, 1, grad_values);
+      }
+    }
+    return true;
+  }
+
+  // Products to weights and their gradients, and these to gradients of the logits.
+  void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients) {
+    constexpr int kPairs = Windows<K>::kPairs;
+    Vec total[kTile] = {};
+    softmax.run(products, block, rows, inverse, [](int64_t) {}, [](int64_t) {}, [&](int64_t q, int64_t r, int64_t c) {
+      const float* const from = grad_products + Windows<K>::product(block, rows, q, r, c);
+      float* const to = softmax.exponents + q * kPairs * L;
+      return [&total = total[q], from, to](int i, Vec weight) {
+        store(to + i * L, weight);
+        total += select(weight == Vec{}, Vec{}, weight * Windows<K>::load_pair(from, i));
+      };
+    });
+    alignas(64) float mean[kTile];
+    store(mean, reduce(total, plus) * load(inverse));
+    for_windows(block, rows, [&](int64_t q, int64_t r, int64_t c, auto odd) {
+      float* const cells = table + Windows<K>::template cell<decltype(odd)::value>(rows.bias[r], block.bias[c]);
+      const float* const from = grad_products + Windows<K>::product(block, rows, q, r, c);
+      float *const weight_row = weights.row(rows, q, r), *const gradient_row = gradients.row(rows, q, r);
+      const typename Weights<K>::Shift shift(block.offset[c]);
+      NA2D_UNROLL(4)
+      for (int i = 0; i < kPairs; ++i) {
+        const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * splat(inverse[q]);
+        const Vec gradient = select(weight == Vec{}, Vec{}, weight * (Windows<K>::load_pair(from, i) - splat(mean[q])));
+        Weights<K>::store_pair(weight_row, shift, i, weight);
+        Weights<K>::store_pair(gradient_row, shift, i, gradient);
+        if (owned[q]) store(cells + 2 * i * kHalf, load(cells + 2 * i * kHalf) + gradient);
+      }
+    });
+  }
+
+  // Left-hand sides of sums over keys to right-hand sides of sums over queries: those of the two halves in turns.
+  static void turn(const Weights<K>* left, const Queries* halves, const Queries& all, float* right) {
+    for (int64_t k = 0; k < 2 * all.pairs(); k += 2, right += 2 * kTileFloats) {
+      const float* from[kHalves];
+      for (int half = 0; half < kHalves; ++half) {
+        const int64_t pair = (all.base + k - halves[half].base) / 2;
+        from[half] = halves[half].rows && all.base + k >= halves[half].base && pair < halves[half].pairs()
+                         ? left[half].tiles + pair * kTileFloats : nullptr;
+      }
+      NA2D_UNROLL(16)
+      for (int q = 0; q < kTile; ++q) {
+        const __m512i a = from[0] ? (__m512i)load(from[0] + q * L) : _mm512_setzero_si512();
+        const __m512i b = from[1] ? (__m512i)load(from[1] + q * L) : _mm512_setzero_si512();
+        const __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+        store(right + q * L, Vec(_mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high)));
+        store(right + kTileFloats + q * L, Vec(_mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high)));
+      }
+    }
+  }
+
+  // Pixels of both halves, [half][chunk][query][dim], to [chunk][dim][query of either half].
+  void turn_dims(const float* pixels, float* out) const {
+    for (int64_t c = 0; c < chunks; ++c, pixels += kTileFloats, out += 2 * kTileFloats) {
+      Vec halves[kHalves][kTile];
+      for (int half = 0; half < kHalves; ++half) {
+        NA2D_UNROLL(16)
+        for (int i = 0; i < kTile; ++i) halves[half][i] = load(pixels + half * chunks * kTileFloats + i * L);
+        transpose(halves[half]);
+      }
+      NA2D_UNROLL(16)
+      for (int i = 0; i < kTile; ++i) {
+        const __m512i a = (__m512i)halves[0][i], b = (__m512i)halves[1][i];
+        store(out + 2 * i * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16))));
+        store(out + (2 * i + 1) * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b)));
+      }
+    }
+  }
+
+  // target(key row)[dim][key] += left times right for the key rows [begin, end).
+  template <class Target>
+  void add_products(const float* left, const float* right, const Queries& all, int64_t begin, int64_t end, Target target) const {
+    for (int64_t c = 0; c < chunks; ++c, left += 2 * kTileFloats) {
+      _tile_loadd(6, left, 64);
+      _tile_loadd(7, left + kTileFloats, 64);
+      for (int64_t k = begin; k < end; ++k) {
+        float* const sum = target(k) + 2 * c * kTileFloats;
+        _tile_loadd(2, right + (k - all.base) * kTileFloats, 64);
+        _tile_loadd(0, sum, 64);
+        _tile_dpbf16ps(0, 6, 2);
+        _tile_loadd(1, sum + kTileFloats, 64);
+        _tile_dpbf16ps(1, 7, 2);
+        _tile_stored(0, sum, 64);
+        _tile_stored(1, sum + kTileFloats, 64);
+      }
+    }
+  }
+
+  // Sums of one key row, [tile of keys][chunk][dim][key], times `factor`, to pixels, and back to zeros.
+  void flush(const KeyTiles& layout, int64_t from, int64_t to, float* sums, float factor, const Pixels& out) {
+    const std::vector<int64_t>& firsts = layout.columns.keys;
+    const int64_t step = 2 * layout.block_floats, last = int64_t(firsts.size()) - 1;
+    alignas(64) static const float nothing[kHalf] = {};
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t x = from / kHalf * kHalf; x < to; x += kTile) {
+        const int64_t at = (x - firsts[0]) / kHalf;  // of the tile that begins here; those before and behind share half of its keys
+        const auto half_tile = [&](int64_t tile, int64_t half) -> const float* {
+          return tile < 0 || tile > last ? nullptr : sums + tile * step + c * 2 * kTileFloats + half * kHalf;
+        };
+        const float* const parts[2][2] = {{half_tile(at, 0), half_tile(at - 1, 1)}, {half_tile(at, 1), half_tile(at + 1, 0)}};
+        Vec halves[2][kTile];
+        for (int half = 0; half < 2; ++half) {
+          NA2D_UNROLL(16)
+          for (int i = 0; i < kTile; ++i) {
+            const int64_t row = (half * kTile + i) * L;
+            const auto part = [&](const float* p) { return _mm256_loadu_ps(p ? p + row : nothing); };
+            const __m256 low = _mm256_add_ps(part(parts[0][0]), part(parts[0][1])), high = _mm256_add_ps(part(parts[1][0]), part(parts[1][1]));
+            halves[half][i] = Vec(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+          }
+          transpose(halves[half]);
+        }
+        for (int64_t i = std::max<int64_t>(0, from - x); i < std::min<int64_t>(kTile, to - x); ++i)
+          out.store_pixel<false>(layout.columns, flushed, x + i, c * kChunk, halves[0][i] * splat(factor), halves[1][i] * splat(factor));
+      }
+    for (int64_t tile = 0; tile <= last; ++tile) std::fill_n(sums + tile * step, 2 * chunks * kTileFloats, 0.f);
+  }
+};
+
+// Calls body(std::integral_constant<int, kernel>).
+template <class Body>
+auto with_kernel(int64_t kernel, Body body) {
+  if (kernel == 7) return body(std::integral_constant<int, 7>());
+  if (kernel == 5) return body(std::integral_constant<int, 5>());
+  return body(std::integral_constant<int, 3>());
+}
+
+void forward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
+  const bool done = fits(p) && with_kernel(p.kernel, [&](auto K) { return Forward<decltype(K)::value>(p, item, Scratch{scratch}).run(); });
+  if (!done) avx512_bf16.forward(p, columns, item, scratch);
+}
+
+void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
+  const bool done =
+      fits(p) && with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>(p, item, Scratch{scratch}).run(grad_rpb); });
+  if (!done) avx512_bf16.backward(p, columns, item, scratch, grad_rpb);
+}
+
+int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
+  const int64_t floats = avx512_bf16.forward_floats(p, columns);
+  if (!fits(p)) return floats;
+  return std::max(floats, with_kernel(p.kernel, [&](auto K) { return Forward<decltype(K)::value>::floats(p, columns); }));
+}
+
+int64_t backward_floats(const Na2dProblem& p, int64_t columns) {
+  const int64_t floats = avx512_bf16.backward_floats(p, columns);
+  if (!fits(p)) return floats;
+  return std::max(floats, with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>::floats(p, columns); }));
+}
+
+}  // namespace
+
+const Kernels amx_bf16 = {forward, backward, forward_floats, backward_floats, "amx_bf16"};
+
+}  // namespace na2d
