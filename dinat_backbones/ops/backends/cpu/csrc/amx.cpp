@@ -56,13 +56,14 @@ struct Block {
 struct ColumnGroup {
   int64_t group, length;
   std::vector<Block> blocks;
-  std::vector<int64_t> keys;  // the first key of each tile of a key row, kHalf from one to the next
+  std::vector<int64_t> keys;  // the first key of each tile of a key row: one tile where the row is short
 
-  // For the queries at positions [from, to).
-  ColumnGroup(const Na2dProblem& p, int64_t group, int64_t from, int64_t to)
+  // For the queries at positions [from, to). `in_halves`: tiles begin at multiples of half their keys, one after the other.
+  ColumnGroup(const Na2dProblem& p, int64_t group, int64_t from, int64_t to, bool in_halves)
       : group(group), length(group_length(p.width, p.dilation, group)) {
     for (int64_t query = from; query < to; query += blocks.back().count) {
-      const int64_t key = window_start(query, length, p.kernel) / kHalf * kHalf;
+      const int64_t start = window_start(query, length, p.kernel);
+      const int64_t key = length <= p.kernel + kHalf ? 0 : in_halves ? start / kHalf * kHalf : start;
       if (keys.empty() || keys.back() != key) keys.push_back(key);
       Block block{query, 0, key, int64_t(keys.size()) - 1, {}, {}};
       for (int64_t c = 0; c < std::min<int64_t>(kBlockColumns, to - query); ++c) {
@@ -225,47 +226,7 @@ inline void for_queries(const Block& block, const Queries& queries, Body body) {
     for (int64_t c = 0; c < block.count; ++c) body(r * kBlockColumns + c, r, c);
 }
 
-// Key rows that the tiles of a block hold: its windows, and what else is in the pairs that they begin and end in.
-template <int K, int Rows>
-constexpr int kRing = (Rows + K + 2) / 2 * 2;
-
-// What has one number for each neighbor of a query: two rows of its window in a vector, each in a half of it. They are the rows
-// of a pair of key rows, so a window that begins with the second one of a pair (`Odd`) leaves half of its first vector unused,
-// another one half of its last.
-template <int K>
-struct Windows {
-  static constexpr int kPairs = (K + 1) / 2, kSpan = 2 * K - 1;
-
-  // Tables of bias, [first column of a window in the bias table][row of it, behind one row and before another][lane of a half].
-  static constexpr int64_t kTable = K * (kSpan + 2) * kHalf;
-  template <bool Odd>
-  static int64_t cell(int64_t row, int64_t column) { return (column * (kSpan + 2) + row + 1 - Odd) * kHalf; }
-  // Calls body(index in such a table, index in a bias table [2K-1, 2K-1]) for each cell of the former.
-  template <class Body>
-  static void for_cells(Body body) {
-    for (int column = 0; column < K; ++column)
-      for (int row = 0; row < kSpan; ++row)
-        for (int i = 0; i < K; ++i) body(cell<false>(row, column) + i, row * kSpan + column + i);
-  }
-
-  // Lanes that are neighbors.
-  template <bool Odd>
-  static constexpr __mmask16 lanes(int pair) {
-    const auto half = [](int row) { return 0 <= row && row < K ? (1 << K) - 1 : 0; };
-    return __mmask16(half(2 * pair - Odd) | half(2 * pair + 1 - Odd) << kHalf);
-  }
-
-  // Where the first vector lies in tiles of products, [key row][query][key], and in tiles of weights, see below.
-  static int64_t product(const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) {
-    return (queries.key[r] / 2 * 2 * kTile + q) * kTile + block.offset[c];
-  }
-  static Vec load_pair(const float* first, int pair) {
-    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first + 2 * pair * kTileFloats));
-    return Vec(_mm512_insertf32x8(low, _mm256_loadu_ps(first + (2 * pair + 1) * kTileFloats), 1));
-  }
-};
-
-// Calls body(query, row, column, std::bool_constant<Odd>) for the queries of a block; query: the row of a tile.
+// Calls body(query, row, column, std::bool_constant<Odd>): whether its window begins with the second row of a pair.
 template <class Body>
 inline void for_windows(const Block& block, const Queries& queries, Body body) {
   for (int64_t r = 0; r < queries.rows; ++r)
@@ -275,40 +236,66 @@ inline void for_windows(const Block& block, const Queries& queries, Body body) {
       for (int64_t c = 0; c < block.count; ++c) body(r * kBlockColumns + c, r, c, std::false_type());
 }
 
-// Weights, or their gradients, in bfloat16: left-hand sides of sums over keys, [pair of key rows][query][row of the pair][key], with
-// zeros between the windows.
+// Key rows that the tiles of a block hold: its windows, and what else is in the pairs that they begin and end in.
+template <int K, int Rows>
+constexpr int kRing = (Rows + K + 2) / 2 * 2;
+
+// What has one number for each neighbor of each query: two rows of a window in a vector, each in a half of it. In tiles they lie
+// as [key row][query][key], of which a window is a row of K keys.
+template <int K>
+struct Windows {
+  static constexpr int kPairs = (K + 1) / 2, kSpan = 2 * K - 1;
+  static constexpr int64_t kTable = K * K * kPairs * L;  // floats of a bias table, or of its gradient, see `cell`
+
+  // Vectors for windows that begin at a row and a column of the bias table.
+  static int64_t cell(int64_t row, int64_t column) { return (row * K + column) * kPairs * L; }
+  // Calls body(index in such a table, index in a bias table [2K-1, 2K-1]) for each neighbor of each.
+  template <class Body>
+  static void for_cells(Body body) {
+    for (int row = 0; row < K; ++row)
+      for (int column = 0; column < K; ++column)
+        for (int i = 0; i < K; ++i)
+          for (int j = 0; j < K; ++j) body(cell(row, column) + i * (L / 2) + j, (row + i) * kSpan + column + j);
+  }
+
+  // A query's window in tiles of products, and rows 2i and 2i + 1 of it.
+  static const float* first(const float* tiles, const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) {
+    return tiles + (queries.key[r] * kTile + q) * kTile + block.offset[c];
+  }
+  static Vec load_pair(const float* first, int i) {
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(first + 2 * i * kTileFloats));
+    return Vec(_mm512_insertf32x8(low, 2 * i + 1 < K ? _mm256_loadu_ps(first + (2 * i + 1) * kTileFloats) : _mm256_setzero_ps(), 1));
+  }
+};
+
+// Weights, or their gradients, in bfloat16: left-hand sides of sums over keys, [pair of key rows][query][2][key], with zeros between
+// the windows.
 template <int K>
 struct Weights {
   static constexpr int64_t kFloats = kRing<K, kBlockRows> / 2 * kTileFloats;
   float* const tiles;
+  uint64_t offsets = 0, rows = 0;  // where they lie
 
-  // Half vectors of neighbors go `offset` keys to the right in the row of theirs.
-  struct Shift {
-    __m512i from;
-    __mmask32 there;
-    explicit Shift(int64_t offset) {
-      const __m512i key = _mm512_sub_epi16(_mm512_and_si512(load_turns(), _mm512_set1_epi16(kTile - 1)), _mm512_set1_epi16(short(offset)));
-      there = _mm512_cmplt_epu16_mask(key, _mm512_set1_epi16(kHalf));
-      from = _mm512_or_si512(key, _mm512_srli_epi16(_mm512_and_si512(load_turns(), _mm512_set1_epi16(kTile)), 1));
-    }
-    static __m512i load_turns() {
-      HalfPairs turns;
-      NA2D_UNROLL(32)
-      for (int i = 0; i < 2 * L; ++i) turns[i] = short(i);
-      return __m512i(turns);
-    }
-  };
+  explicit Weights(float* tiles) : tiles(tiles) {}
 
-  float* row(const Queries& queries, int64_t q, int64_t r) const { return tiles + (queries.key[r] / 2 * kTile + q) * L; }
-  static void store_pair(float* row, const Shift& shift, int pair, Vec weights) {
-    const __m512i halves = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(__m512(weights)));
-    store(row + pair * kTileFloats, Vec(_mm512_maskz_permutexvar_epi16(shift.there, shift.from, halves)));
+  // To be called before those of a block are stored.
+  void place(const Block& block, const Queries& queries) {
+    uint64_t now;
+    std::memcpy(&now, block.offset, sizeof now);
+    const uint64_t now_rows = uint64_t(block.count << 24 | queries.rows << 16 | queries.key[0] << 8 | queries.key[1]);
+    if (now == offsets && now_rows == rows) return;
+    std::fill_n(tiles, kFloats, 0.f);
+    offsets = now, rows = now_rows;
   }
-  // Each query stores kPairs pairs of key rows. Zeros for the others, where those of a block attend to more, and, for sums over
-  // `all` queries of a tile, where a block has fewer.
-  void clear(const Block& block, const Queries& queries, bool all) const {
-    const bool fewer = block.count < kBlockColumns || queries.rows < kBlockRows;
-    if (queries.pairs() > Windows<K>::kPairs || (all && fewer)) std::fill_n(tiles, queries.pairs() * kTileFloats, 0.f);
+  Half* first(const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) const {
+    return reinterpret_cast<Half*>(tiles) + (queries.key[r] / 2 * kTile + q) * 2 * kTile + block.offset[c];
+  }
+  template <bool Odd>
+  static void store_pair(Half* first, int i, Vec pair) {
+    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(__m512(pair));
+    const auto row = [&](int k) { return reinterpret_cast<__m128i*>(first + k / 2 * 2 * kTileFloats + k % 2 * kTile); };
+    _mm_storeu_si128(row(2 * i + Odd), _mm256_castsi256_si128(halves));
+    if (2 * i + 1 < K) _mm_storeu_si128(row(2 * i + 1 + Odd), _mm256_extracti128_si256(halves, 1));
   }
 };
 
@@ -317,68 +304,63 @@ template <int K>
 struct Softmax {
   static constexpr int kPairs = Windows<K>::kPairs;
   static constexpr int64_t kFloats = Windows<K>::kTable + kPairs * kTile * L;
-  static constexpr float kLog2e = 1.44269504f;
   const float scale;
   float *const bias, *const exponents;
 
   Softmax(const Na2dProblem& p, int64_t head, float* scratch)
       : scale(p.scale * kLog2e), bias(scratch), exponents(bias + Windows<K>::kTable) {
-    std::fill_n(bias, Windows<K>::kTable, 0.f);
-    if (p.rpb) {
-      const float* const table = p.rpb + head * Windows<K>::kSpan * Windows<K>::kSpan;
-      Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table[cell] * kLog2e; });
-    }
+    std::fill_n(bias, Windows<K>::kTable, -std::numeric_limits<float>::infinity());  // lanes that are no neighbor
+    const float* const table = p.rpb ? p.rpb + head * Windows<K>::kSpan * Windows<K>::kSpan : nullptr;
+    Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table ? table[cell] * kLog2e : 0.f; });
   }
 
-  // Calls body(query, row, column, pair of rows of its window, weights of it before they are divided by their sum), and first(query)
-  // and second(query) between the steps for those queries.
-  template <class First, class Second, class Body>
-  void run(const float* products, const Block& block, const Queries& queries, float* inverse, First first, Second second, Body body) const {
-    const Vec nothing = splat(-std::numeric_limits<float>::infinity());
+  // Calls body(query, row, column, Odd), and what that returns with (pair of rows of the window, weights before they are divided by
+  // their sum).
+  template <class Before, class Body>
+  void run(const float* products, const Block& block, const Queries& queries, float* inverse, Before before, Body body) const {
     Vec highest[kTile] = {}, total[kTile] = {};
-    for_windows(block, queries, [&](int64_t q, int64_t r, int64_t c, auto odd) {
-      constexpr bool Odd = decltype(odd)::value;
-      const float* const from = products + Windows<K>::product(block, queries, q, r, c);
-      const float* const row = bias + Windows<K>::template cell<Odd>(queries.bias[r], block.bias[c]);
+    for_queries(block, queries, [&](int64_t q, int64_t r, int64_t c) {
+      const float* const row = bias + Windows<K>::cell(queries.bias[r], block.bias[c]);
+      const float* const first = Windows<K>::first(products, block, queries, q, r, c);
       float* const to = exponents + q * kPairs * L;
-      Vec most = nothing;
+      before(q, r, c);
+      Vec most = splat(-std::numeric_limits<float>::infinity());
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        constexpr auto lanes = [](int pair) { return Windows<K>::template lanes<Odd>(pair); };
-        const __m512 added = _mm512_mask_loadu_ps(__m512(nothing), lanes(i), row + 2 * i * kHalf);
-        const Vec y = Vec(_mm512_mask3_fmadd_ps(__m512(Windows<K>::load_pair(from, i)), __m512(splat(scale)), added, lanes(i)));
+        const Vec y = Windows<K>::load_pair(first, i) * splat(scale) + load(row + i * L);
         store(to + i * L, y);
         most = larger(y, most);
       }
       highest[q] = most;
-      first(q);
     });
     alignas(64) float shift[kTile];
     store(shift, reduce(highest, larger));
-    for_windows(block, queries, [&](int64_t q, int64_t r, int64_t c, auto) {
+    for_windows(block, queries, [&](int64_t q, int64_t r, int64_t c, auto odd) {
       const float* const from = exponents + q * kPairs * L;
+      const Vec most = splat(shift[q]);
+      const auto finish = body(q, r, c, odd);
       Vec sum{};
-      const auto finish = body(q, r, c);
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec y = exp2_of_negative(load(from + i * L) - splat(shift[q]));
+        const Vec y = exp2_of_negative(load(from + i * L) - most);
         sum += y;
         finish(i, y);
       }
       total[q] = sum;
-      second(q);
     });
     store(inverse, splat(1.f) / reduce(total, plus));
   }
+
+  static constexpr float kLog2e = 1.44269504f;
 };
 
 // One left-hand tile times one right-hand tile for each chunk of dims, summed up: out[query][key].
 inline void multiply_chunks(const float* left, const float* right, int64_t chunks, float* out) {
   _tile_zero(0);
   for (int64_t c = 0; c < chunks; ++c) {
-    _tile_loadd(1, left + c * kTileFloats, 64);
-    _tile_loadd(2, right + c * kTileFloats, 64);
-    _tile_dpbf16ps(0, 1, 2);
+    _tile_loadd(4, left + c * kTileFloats, 64);
+    _tile_loadd(5, right + c * kTileFloats, 64);
+    _tile_dpbf16ps(0, 4, 5);
   }
   _tile_stored(0, out, 64);
 }
@@ -420,21 +402,23 @@ inline void load_queries(const Pixels& map, const ColumnGroup& columns, const Bl
     }
 }
 
-// sums[query][32 dims]: over pairs of key rows, of weights times pixels. They stay in tiles 3 and 4 from start to end.
-inline void start_sums() {
-  _tile_zero(3);
-  _tile_zero(4);
-}
-inline void add_pair(const float* weights, const float* paired, int64_t chunks) {
-  _tile_loadd(5, weights, 64);
-  _tile_loadd(6, paired, chunks * 2 * L * 4);
-  _tile_loadd(7, paired + L, chunks * 2 * L * 4);
-  _tile_dpbf16ps(3, 5, 6);
-  _tile_dpbf16ps(4, 5, 7);
-}
-inline void end_sums(float* sums) {
-  _tile_stored(3, sums, 2 * L * 4);
-  _tile_stored(4, sums + L, 2 * L * 4);
+// out[chunk of dims][query][dim]: sums over pairs of key rows, which lie in a ring from `slot` on, of weights times paired pixels.
+template <int Ring>
+void sum_up(const float* weights, const float* paired, int64_t slot, int64_t pairs, int64_t chunks, float* out) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t i = 0; i < pairs; ++i) {
+      const float* const right = paired + (slot + 2 * i) % Ring * chunks * kTileFloats + c * 2 * L;
+      _tile_loadd(4, weights + i * kTileFloats, 64);
+      _tile_loadd(5, right, chunks * 2 * L * 4);
+      _tile_loadd(6, right + L, chunks * 2 * L * 4);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    _tile_stored(0, out + c * 2 * kTileFloats, 2 * L * 4);
+    _tile_stored(1, out + c * 2 * kTileFloats + L, 2 * L * 4);
+  }
 }
 
 // Those sums to the pixels of a block, times factor(query).
@@ -467,9 +451,7 @@ struct Forward {
     const Block* block = nullptr;
     int64_t row = 0;
     Queries queries{0, 0, 1, 1, 0};
-    int64_t products_done = 0, sums_done = 0;  // the next key row, and how many pairs of them in how many chunks
     float *products, *sums, *inverse;
-    Weights<K> weights;
   };
 
   const Na2dProblem& p;
@@ -477,34 +459,36 @@ struct Forward {
   const int64_t chunks, length;  // length: of the group of rows
   const Pixels queries, keys, values, out;
   Softmax<K> softmax;
+  Weights<K> weights;
   float* const query_tile;
   Step steps[3];
   float* const tiles;
 
-  static constexpr int64_t kStep = (kKeyRows + 1) * kTileFloats + Weights<K>::kFloats;
+  static constexpr int64_t kStep = (kKeyRows + 1) * kTileFloats;
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
-    return Softmax<K>::kFloats + 3 * kStep +
+    return Softmax<K>::kFloats + Weights<K>::kFloats + 3 * kStep +
            chunks_of(p) * kTileFloats * (1 + 3 * 2 + 2 * kKeyRows * key_tiles_of(columns / p.dilation + 1));
   }
 
   Forward(const Na2dProblem& p, const Item& item, Scratch scratch)
       : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
         keys(p.key, p, item), values(p.value, p, item), out(p.out, p, item),
-        softmax(p, item.head, scratch.take(Softmax<K>::kFloats)),
+        softmax(p, item.head, scratch.take(Softmax<K>::kFloats)), weights(scratch.take(Weights<K>::kFloats)),
         query_tile(scratch.take(chunks * kTileFloats)), steps{new_step(scratch), new_step(scratch), new_step(scratch)},
         tiles(scratch.next) {}
   Step new_step(Scratch& scratch) const {
-    float* const products = scratch.take(kKeyRows * kTileFloats);
-    float* const sums = scratch.take(2 * chunks * kTileFloats);
-    float* const inverse = scratch.take(kTileFloats);
-    return Step{nullptr, 0, {0, 0, 1, 1, 0}, 0, 0, products, sums, inverse, {scratch.take(Weights<K>::kFloats)}};
+    Step step;
+    step.products = scratch.take(kKeyRows * kTileFloats);
+    step.inverse = scratch.take(kTileFloats);
+    step.sums = scratch.take(2 * chunks * kTileFloats);
+    return step;
   }
 
   // False when a value is not finite; some of the output may be stored then.
   bool run() {
     const TilesInUse in_use;
     for (int64_t group = 0; group < p.dilation; ++group) {
-      const ColumnGroup columns(p, group, position_of(p, group, item.column_begin), position_of(p, group, item.column_end));
+      const ColumnGroup columns(p, group, position_of(p, group, item.column_begin), position_of(p, group, item.column_end), false);
       if (!columns.blocks.empty() && !run(columns)) return false;
     }
     return true;
@@ -518,82 +502,53 @@ struct Forward {
     std::fill_n(value_tiles, int64_t(columns.keys.size()) * layout.block_floats, 0.f);  // what weights of zero are multiplied with
     Finite finite;
 
-    int64_t packed = 0, count = 0;
-    const auto load = [&](Step& step) {
+    const auto multiply = [&](Step& step, int64_t packed) {
       const Block& block = *step.block;
+      const int64_t first = window_start(step.row, length, K);
       if (&block == columns.blocks.data() || block.keys != (&block)[-1].keys)
-        for (int64_t k = std::max(packed, window_start(step.row, length, K)); k < step.queries.stop; ++k) {
+        for (int64_t k = std::max(packed, first); k < step.queries.stop; ++k) {
           layout.pack(keys, block, k, key_tiles + layout.at(block, slot(k)), nullptr, nullptr);
           layout.pack(values, block, k, nullptr, value_tiles + layout.at(block, slot(k)), &finite);
         }
       load_queries(queries, columns, block, step.row, step.queries, chunks, query_tile);
-      step.products_done = window_start(step.row, length, K), step.sums_done = 0;
+      for (int64_t k = first; k < step.queries.stop; ++k)
+        multiply_chunks(query_tile, key_tiles + layout.at(block, slot(k)), chunks, step.products + (k - step.queries.base) * kTileFloats);
     };
-    const auto multiply = [&](Step& step) {  // one key row
-      if (step.products_done == step.queries.stop) return false;
-      const int64_t k = step.products_done++;
-      multiply_chunks(query_tile, key_tiles + layout.at(*step.block, slot(k)), chunks, step.products + (k - step.queries.base) * kTileFloats);
-      return true;
+    const auto attend = [&](Step& step) {
+      if (!step.block) return;
+      const Block& block = *step.block;
+      weights.place(block, step.queries);
+      softmax.run(step.products, block, step.queries, step.inverse,
+        [&](int64_t, int64_t r, int64_t c) { fetch_ahead<2>(columns, step.row + r, block.query + c, step.queries.stop + r); },
+        [&](int64_t q, int64_t r, int64_t c, auto odd) {
+          fetch_ahead<0>(columns, step.row + r, block.query + c, step.queries.stop + r);
+          fetch_ahead<1>(columns, step.row + r, block.query + c, step.queries.stop + r);
+          return [first = weights.first(block, step.queries, q, r, c)](int i, Vec pair) {
+            Weights<K>::template store_pair<decltype(odd)::value>(first, i, pair);
+          };
+      });
+      const int64_t from = slot(step.queries.base);
+      sum_up<kKeyRows>(weights.tiles, value_tiles + layout.at(block, 0), from, step.queries.pairs(), chunks, step.sums);
     };
-    const auto sum_up = [&](Step& step) {  // one pair of key rows, and one chunk of dims
-      const int64_t pairs = step.queries.pairs(), pair = step.sums_done % pairs, c = step.sums_done / pairs;
-      if (c == chunks) return false;
-      if (pair == 0) start_sums();
-      add_pair(step.weights.tiles + pair * kTileFloats,
-               value_tiles + layout.at(*step.block, slot(step.queries.base + 2 * pair)) + c * 2 * L, chunks);
-      if (pair == pairs - 1) end_sums(step.sums + c * 2 * kTileFloats);
-      ++step.sums_done;
-      return true;
-    };
-    // The products of one block and the sums of another are computed between the steps of the softmax of a third.
-    const auto work = [&](Step* next, Step& step, Step& last) {
-      if (step.block) {
-        const Block& block = *step.block;
-        step.weights.clear(block, step.queries, false);
-        softmax.run(
-            step.products, block, step.queries, step.inverse,
-            [&](int64_t q) {
-              fetch_ahead<1>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
-              if (next) multiply(*next);
-            },
-            [&](int64_t q) {
-              fetch_ahead<2>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
-              fetch_ahead<0>(columns, step.row + q / kBlockColumns, block.query + q % kBlockColumns, step.queries.stop + q / kBlockColumns);
-              if (last.block) sum_up(last);
-            },
-            [&](int64_t q, int64_t r, int64_t c) {
-              return [row = step.weights.row(step.queries, q, r), shift = typename Weights<K>::Shift(block.offset[c])](int i, Vec pair) {
-                Weights<K>::store_pair(row, shift, i, pair);
-              };
-            });
-      }
-      if (next)
-        while (multiply(*next)) {}
-      if (!last.block) return;
-      while (sum_up(last)) {}
-      store_sums(last.sums, chunks, columns, *last.block, last.row, last.queries, out, [&](int64_t q) { return last.inverse[q]; });
-      last.block = nullptr;
+    const auto finish = [&](Step& step) {
+      if (step.block)
+        store_sums(step.sums, chunks, columns, *step.block, step.row, step.queries, out, [&](int64_t q) { return step.inverse[q]; });
+      step.block = nullptr;
     };
 
-    const auto end = [&] {
-      work(nullptr, steps[(count + 2) % 3], steps[(count + 1) % 3]);
-      work(nullptr, steps[count % 3], steps[(count + 2) % 3]);
-    };
-
+    int64_t packed = 0, count = 0;
     for (int64_t row = item.row_begin; row < item.row_end; row += kBlockRows) {
       const Queries rows(row, std::min<int64_t>(kBlockRows, item.row_end - row), length, K, phase);
       for (const Block& block : columns.blocks) {
         Step& step = steps[count % 3];
         step.block = &block, step.row = row, step.queries = rows;
-        load(step);
-        work(&step, steps[(count + 2) % 3], steps[(count + 1) % 3]);
-        ++count;
+        multiply(step, packed);
+        attend(step);
+        finish(step);
       }
-      if (columns.blocks.size() == 1) end();  // the ring holds the key rows of two rows of blocks
       if (!finite.all()) return false;
       packed = rows.stop;
     }
-    end();
     return true;
   }
 
@@ -639,8 +594,8 @@ struct Backward {
         keys(p.key, p, item), values(p.value, p, item), grad_out(p.grad_out, p, item), grad_queries(p.grad_query, p, item),
         grad_keys(p.grad_key, p, item), grad_values(p.grad_value, p, item),
         softmax(p, item.head, scratch.take(Softmax<K>::kFloats)),
-        weights{{scratch.take(Weights<K>::kFloats)}, {scratch.take(Weights<K>::kFloats)}},
-        gradients{{scratch.take(Weights<K>::kFloats)}, {scratch.take(Weights<K>::kFloats)}},
+        weights{Weights<K>(scratch.take(Weights<K>::kFloats)), Weights<K>(scratch.take(Weights<K>::kFloats))},
+        gradients{Weights<K>(scratch.take(Weights<K>::kFloats)), Weights<K>(scratch.take(Weights<K>::kFloats))},
         table(scratch.take(kTable)), products(scratch.take(kProducts)), grad_products(scratch.take(kProducts)),
         inverse(scratch.take(kTileFloats)), right(scratch.take(2 * kKeyRows * kTileFloats)),
         query_tile(scratch.take(kHalves * chunks * kTileFloats)), grad_out_tile(scratch.take(kHalves * chunks * kTileFloats)),
@@ -664,7 +619,7 @@ struct Backward {
   // For the keys, and queries, at positions [from, to) of a group of columns.
   bool run(int64_t group, int64_t from, int64_t to) {
     const int64_t width = group_length(p.width, p.dilation, group);
-    const ColumnGroup columns(p, group, first_query(from, K), last_query(to - 1, width, K) + 1);
+    const ColumnGroup columns(p, group, first_query(from, K), last_query(to - 1, width, K) + 1, true);
     const KeyTiles layout(columns, chunks, kKeyRows);
     const int64_t tile = chunks * kTileFloats, all_tiles = int64_t(columns.keys.size()) * layout.block_floats;
     const int64_t first_row = first_query(item.row_begin, K), stop_row = last_query(item.row_end - 1, length, K) + 1;
@@ -695,9 +650,9 @@ struct Backward {
         for (int64_t half = 0; half < kHalves; ++half) {
           const Queries& rows = halves[half];
           const int64_t half_row = row + half * kBlockRows;
+          weights[half].place(block, rows);
+          gradients[half].place(block, rows);
           if (!rows.rows) continue;
-          weights[half].clear(block, rows, true);
-          gradients[half].clear(block, rows, true);
           float *const left = query_tile + half * tile, *const grad_left = grad_out_tile + half * tile;
           load_queries(queries, columns, block, half_row, rows, chunks, left, &finite);
           load_queries(grad_out, columns, block, half_row, rows, chunks, grad_left, &finite);
@@ -711,12 +666,7 @@ struct Backward {
             owned[q] = item.row_begin <= y && y < item.row_end && from <= x && x < to;
           });
           differentiate(block, rows, weights[half], gradients[half]);
-          for (int64_t c = 0; c < chunks; ++c) {
-            start_sums();
-            for (int64_t i = 0; i < rows.pairs(); ++i)
-              add_pair(gradients[half].tiles + i * kTileFloats, paired_keys + layout.at(block, slot(rows.base + 2 * i)) + c * 2 * L, chunks);
-            end_sums(sums + c * 2 * kTileFloats);
-          }
+          sum_up<kKeyRows>(gradients[half].tiles, paired_keys + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
           for (int64_t c = 0; c < chunks; ++c)
             for_queries(block, rows, [&](int64_t q, int64_t r, int64_t column) {
               const float* const sum = sums + (c * kTile + q) * 2 * L;
@@ -748,28 +698,28 @@ struct Backward {
   void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients) {
     constexpr int kPairs = Windows<K>::kPairs;
     Vec total[kTile] = {};
-    softmax.run(products, block, rows, inverse, [](int64_t) {}, [](int64_t) {}, [&](int64_t q, int64_t r, int64_t c) {
-      const float* const from = grad_products + Windows<K>::product(block, rows, q, r, c);
+    softmax.run(products, block, rows, inverse, [](int64_t, int64_t, int64_t) {}, [&](int64_t q, int64_t r, int64_t c, auto) {
+      const float* const first = Windows<K>::first(grad_products, block, rows, q, r, c);
       float* const to = softmax.exponents + q * kPairs * L;
-      return [&total = total[q], from, to](int i, Vec weight) {
+      return [&total = total[q], first, to](int i, Vec weight) {
         store(to + i * L, weight);
-        total += select(weight == Vec{}, Vec{}, weight * Windows<K>::load_pair(from, i));
+        total += select(weight == Vec{}, Vec{}, weight * Windows<K>::load_pair(first, i));
       };
     });
     alignas(64) float mean[kTile];
     store(mean, reduce(total, plus) * load(inverse));
     for_windows(block, rows, [&](int64_t q, int64_t r, int64_t c, auto odd) {
-      float* const cells = table + Windows<K>::template cell<decltype(odd)::value>(rows.bias[r], block.bias[c]);
-      const float* const from = grad_products + Windows<K>::product(block, rows, q, r, c);
-      float *const weight_row = weights.row(rows, q, r), *const gradient_row = gradients.row(rows, q, r);
-      const typename Weights<K>::Shift shift(block.offset[c]);
+      float* const cells = table + Windows<K>::cell(rows.bias[r], block.bias[c]);
+      const float* const first = Windows<K>::first(grad_products, block, rows, q, r, c);
+      Half *const weight_first = weights.first(block, rows, q, r, c), *const gradient_first = gradients.first(block, rows, q, r, c);
+      const Vec by = splat(inverse[q]), from = splat(mean[q]);
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * splat(inverse[q]);
-        const Vec gradient = select(weight == Vec{}, Vec{}, weight * (Windows<K>::load_pair(from, i) - splat(mean[q])));
-        Weights<K>::store_pair(weight_row, shift, i, weight);
-        Weights<K>::store_pair(gradient_row, shift, i, gradient);
-        if (owned[q]) store(cells + 2 * i * kHalf, load(cells + 2 * i * kHalf) + gradient);
+        const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * by;
+        const Vec gradient = select(weight == Vec{}, Vec{}, weight * (Windows<K>::load_pair(first, i) - from));
+        Weights<K>::template store_pair<decltype(odd)::value>(weight_first, i, weight);
+        Weights<K>::template store_pair<decltype(odd)::value>(gradient_first, i, gradient);
+        if (owned[q]) store(cells + i * L, load(cells + i * L) + gradient);
       }
     });
   }
