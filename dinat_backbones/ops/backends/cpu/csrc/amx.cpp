@@ -432,6 +432,19 @@ void store_sums(const float* sums, int64_t chunks, const ColumnGroup& columns, c
     });
 }
 
+// Fetches what is needed later, while there is something to compute: the same place in the next group of columns where a group is
+// small, or else a row that comes next.
+struct FetchAhead {
+  const ColumnGroup& columns;
+  const bool next_group;
+
+  FetchAhead(const Na2dProblem& p, const ColumnGroup& columns, int64_t rows)
+      : columns(columns), next_group(p.dilation > 1 && columns.length * rows <= kSmallGroup) {}
+  void operator()(const Pixels& map, int64_t row, int64_t next_row, int64_t position) const {
+    map.fetch(next_group ? row : next_row, columns.group + position * map.dilation + next_group);
+  }
+};
+
 // Scratch, piece by piece.
 struct Scratch {
   float* next;
@@ -501,6 +514,7 @@ struct Forward {
     float *const key_tiles = tiles, *const value_tiles = tiles + int64_t(columns.keys.size()) * layout.block_floats;
     std::fill_n(value_tiles, int64_t(columns.keys.size()) * layout.block_floats, 0.f);  // what weights of zero are multiplied with
     Finite finite;
+    const FetchAhead fetch(p, columns, length);
 
     const auto multiply = [&](Step& step, int64_t packed) {
       const Block& block = *step.block;
@@ -518,15 +532,16 @@ struct Forward {
       if (!step.block) return;
       const Block& block = *step.block;
       weights.place(block, step.queries);
-      softmax.run(step.products, block, step.queries, step.inverse,
-        [&](int64_t, int64_t r, int64_t c) { fetch_ahead<2>(columns, step.row + r, block.query + c, step.queries.stop + r); },
-        [&](int64_t q, int64_t r, int64_t c, auto odd) {
-          fetch_ahead<0>(columns, step.row + r, block.query + c, step.queries.stop + r);
-          fetch_ahead<1>(columns, step.row + r, block.query + c, step.queries.stop + r);
-          return [first = weights.first(block, step.queries, q, r, c)](int i, Vec pair) {
-            Weights<K>::template store_pair<decltype(odd)::value>(first, i, pair);
-          };
-      });
+      softmax.run(
+          step.products, block, step.queries, step.inverse,
+          [&](int64_t, int64_t r, int64_t c) { fetch(values, step.row + r, step.queries.stop + r, block.query + c); },
+          [&](int64_t q, int64_t r, int64_t c, auto odd) {
+            fetch(queries, step.row + r, step.row + kBlockRows + r, block.query + c);
+            fetch(keys, step.row + r, step.queries.stop + r, block.query + c);
+            return [first = weights.first(block, step.queries, q, r, c)](int i, Vec pair) {
+              Weights<K>::template store_pair<decltype(odd)::value>(first, i, pair);
+            };
+          });
       const int64_t from = slot(step.queries.base);
       sum_up<kKeyRows>(weights.tiles, value_tiles + layout.at(block, 0), from, step.queries.pairs(), chunks, step.sums);
     };
@@ -550,15 +565,6 @@ struct Forward {
       packed = rows.stop;
     }
     return true;
-  }
-
-  // What is needed later: the same place in the next group of columns, or rows that come next.
-  template <int Which>
-  void fetch_ahead(const ColumnGroup& columns, int64_t row, int64_t position, int64_t key_row) const {
-    const int64_t column = columns.group + position * p.dilation;
-    const Pixels& map = Which == 0 ? queries : Which == 1 ? keys : values;
-    if (p.dilation > 1 && columns.length * length <= kSmallGroup) map.fetch(row, column + 1);
-    else map.fetch(Which ? key_row : row + kBlockRows, column);
   }
 };
 
@@ -627,8 +633,9 @@ struct Backward {
     const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
     float *const key_tiles = tiles, *const value_tiles = key_tiles + all_tiles, *const paired_keys = value_tiles + all_tiles;
     float *const key_sums = paired_keys + all_tiles, *const value_sums = key_sums + 2 * all_tiles;  // [dim][key] for each of those
-    std::fill_n(paired_keys, 5 * all_tiles, 0.f);
+    std::fill_n(paired_keys, all_tiles, 0.f);
     Finite finite;
+    const FetchAhead fetch(p, columns, length);
     int64_t packed = 0;
     flushed = item.row_begin;
     for (int64_t row = first_row; row < stop_row; row += kRows) {
@@ -636,7 +643,8 @@ struct Backward {
       const Queries all(row, count, length, K, phase);
       const int64_t first = window_start(row, length, K);
       for (const Block& block : columns.blocks) {
-        if (&block == columns.blocks.data() || block.keys != (&block)[-1].keys)
+        const bool begins_tile = &block == columns.blocks.data() || block.keys != (&block)[-1].keys;
+        if (begins_tile)
           for (int64_t k = std::max(packed, first); k < all.stop; ++k) {
             const int64_t at = layout.at(block, slot(k));
             layout.pack(values, block, k, value_tiles + at, nullptr, nullptr);
@@ -665,7 +673,17 @@ struct Backward {
             const int64_t y = half_row + r, x = block.query + c;
             owned[q] = item.row_begin <= y && y < item.row_end && from <= x && x < to;
           });
-          differentiate(block, rows, weights[half], gradients[half]);
+          differentiate(block, rows, weights[half], gradients[half],
+            [&](int64_t, int64_t r, int64_t c) {
+              const int64_t y = half_row + r, x = block.query + c;
+              fetch(queries, y, y + kRows, x);
+              fetch(grad_out, y, y + kRows, x);
+            },
+            [&](int64_t, int64_t r, int64_t c) {
+              const int64_t y = half_row + r, x = block.query + c;
+              fetch(keys, y, all.stop + y - row, x);
+              fetch(values, y, all.stop + y - row, x);
+            });
           sum_up<kKeyRows>(gradients[half].tiles, paired_keys + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
           for (int64_t c = 0; c < chunks; ++c)
             for_queries(block, rows, [&](int64_t q, int64_t r, int64_t column) {
@@ -679,10 +697,11 @@ struct Backward {
         turn_dims(query_tile, query_dims);
         turn_dims(grad_out_tile, grad_out_dims);
         const int64_t begin = std::max(first, item.row_begin), end = std::min(all.stop, item.row_end);
+        const int64_t fresh = begins_tile ? packed : end;  // key rows from here on have no sums yet
         turn(gradients, halves, all, right);
-        add_products(query_dims, right, all, begin, end, [&](int64_t k) { return key_sums + 2 * layout.at(block, slot(k)); });
+        add_products(query_dims, right, all, begin, end, fresh, [&](int64_t k) { return key_sums + 2 * layout.at(block, slot(k)); });
         turn(weights, halves, all, right + kKeyRows * kTileFloats);
-        add_products(grad_out_dims, right + kKeyRows * kTileFloats, all, begin, end, [&](int64_t k) { return value_sums + 2 * layout.at(block, slot(k)); });
+        add_products(grad_out_dims, right + kKeyRows * kTileFloats, all, begin, end, fresh, [&](int64_t k) { return value_sums + 2 * layout.at(block, slot(k)); });
       }
       packed = all.stop;
       const int64_t done = row + kRows < stop_row ? window_start(row + kRows, length, K) : item.row_end;
@@ -695,10 +714,11 @@ struct Backward {
   }
 
   // Products to weights and their gradients, and these to gradients of the logits.
-  void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients) {
+  template <class First, class Second>
+  void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients, First first_fetch, Second second_fetch) {
     constexpr int kPairs = Windows<K>::kPairs;
     Vec total[kTile] = {};
-    softmax.run(products, block, rows, inverse, [](int64_t, int64_t, int64_t) {}, [&](int64_t q, int64_t r, int64_t c, auto) {
+    softmax.run(products, block, rows, inverse, first_fetch, [&](int64_t q, int64_t r, int64_t c, auto) {
       const float* const first = Windows<K>::first(grad_products, block, rows, q, r, c);
       float* const to = softmax.exponents + q * kPairs * L;
       return [&total = total[q], first, to](int i, Vec weight) {
@@ -713,6 +733,7 @@ struct Backward {
       const float* const first = Windows<K>::first(grad_products, block, rows, q, r, c);
       Half *const weight_first = weights.first(block, rows, q, r, c), *const gradient_first = gradients.first(block, rows, q, r, c);
       const Vec by = splat(inverse[q]), from = splat(mean[q]);
+      second_fetch(q, r, c);
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
         const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * by;
@@ -764,16 +785,21 @@ struct Backward {
 
   // target(key row)[dim][key] += left times right for the key rows [begin, end).
   template <class Target>
-  void add_products(const float* left, const float* right, const Queries& all, int64_t begin, int64_t end, Target target) const {
+  void add_products(const float* left, const float* right, const Queries& all, int64_t begin, int64_t end, int64_t fresh, Target target) const {
     for (int64_t c = 0; c < chunks; ++c, left += 2 * kTileFloats) {
       _tile_loadd(6, left, 64);
       _tile_loadd(7, left + kTileFloats, 64);
       for (int64_t k = begin; k < end; ++k) {
         float* const sum = target(k) + 2 * c * kTileFloats;
         _tile_loadd(2, right + (k - all.base) * kTileFloats, 64);
-        _tile_loadd(0, sum, 64);
+        if (k < fresh) {
+          _tile_loadd(0, sum, 64);
+          _tile_loadd(1, sum + kTileFloats, 64);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+        }
         _tile_dpbf16ps(0, 6, 2);
-        _tile_loadd(1, sum + kTileFloats, 64);
         _tile_dpbf16ps(1, 7, 2);
         _tile_stored(0, sum, 64);
         _tile_stored(1, sum + kTileFloats, 64);
@@ -781,7 +807,7 @@ struct Backward {
     }
   }
 
-  // Sums of one key row, [tile of keys][chunk][dim][key], times `factor`, to pixels, and back to zeros.
+  // Sums of one key row, [tile of keys][chunk][dim][key], times `factor`, to pixels.
   void flush(const KeyTiles& layout, int64_t from, int64_t to, float* sums, float factor, const Pixels& out) {
     const std::vector<int64_t>& firsts = layout.columns.keys;
     const int64_t step = 2 * layout.block_floats, last = int64_t(firsts.size()) - 1;
@@ -807,7 +833,6 @@ struct Backward {
         for (int64_t i = std::max<int64_t>(0, from - x); i < std::min<int64_t>(kTile, to - x); ++i)
           out.store_pixel<false>(layout.columns, flushed, x + i, c * kChunk, halves[0][i] * splat(factor), halves[1][i] * splat(factor));
       }
-    for (int64_t tile = 0; tile <= last; ++tile) std::fill_n(sums + tile * step, 2 * chunks * kTileFloats, 0.f);
   }
 };
 
@@ -830,20 +855,24 @@ void backward(const Na2dProblem& p, const Columns& columns, const Item& item, fl
   if (!done) avx512_bf16.backward(p, columns, item, scratch, grad_rpb);
 }
 
-int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
-  const int64_t floats = avx512_bf16.forward_floats(p, columns);
-  if (!fits(p)) return floats;
-  return std::max(floats, with_kernel(p.kernel, [&](auto K) { return Forward<decltype(K)::value>::floats(p, columns); }));
+// What is in scratch is best read from the L2 cache. It is enough for the other kernels, too, which take over where a value is not
+// finite.
+Need forward_need(const Na2dProblem& p, int64_t columns) {
+  const Need need = avx512_bf16.forward_need(p, columns);
+  if (!fits(p)) return need;
+  const int64_t floats = with_kernel(p.kernel, [&](auto K) { return Forward<decltype(K)::value>::floats(p, columns); });
+  return {std::max(need.floats, floats), exceeds(floats, 256 << 10)};
 }
 
-int64_t backward_floats(const Na2dProblem& p, int64_t columns) {
-  const int64_t floats = avx512_bf16.backward_floats(p, columns);
-  if (!fits(p)) return floats;
-  return std::max(floats, with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>::floats(p, columns); }));
+Need backward_need(const Na2dProblem& p, int64_t columns) {
+  const Need need = avx512_bf16.backward_need(p, columns);
+  if (!fits(p)) return need;
+  const int64_t floats = with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>::floats(p, columns); });
+  return {std::max(need.floats, floats), exceeds(floats, 1280 << 10)};
 }
 
 }  // namespace
 
-const Kernels amx_bf16 = {forward, backward, forward_floats, backward_floats, "amx_bf16"};
+const Kernels amx_bf16 = {forward, backward, forward_need, backward_need, "amx_bf16"};
 
 }  // namespace na2d

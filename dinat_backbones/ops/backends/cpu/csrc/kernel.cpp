@@ -16,10 +16,16 @@ namespace na2d {
 namespace {
 
 template <class T>
-int64_t forward_floats_of(const Na2dProblem& p, int64_t columns) {
+Need forward_need_of(const Na2dProblem& p, int64_t columns) {
   const int64_t K = p.kernel, dims = round_up(p.dim, L);
-  return Tile<T>::floats(p, columns) + (kRows + K - 1) * Tile<T>::key_columns(p, columns) * dims +
-         kRows * ((K * (2 * K - 1) + 1) * leading(kGroup * L) + kGroup * L * dims);
+  const int64_t floats = Tile<T>::floats(p, columns) + (kRows + K - 1) * Tile<T>::key_columns(p, columns) * dims +
+                         kRows * ((K * (2 * K - 1) + 1) * leading(kGroup * L) + kGroup * L * dims);
+  return {floats, exceeds(floats, 1 << 20)};
+}
+template <class T>
+Need backward_need_of(const Na2dProblem& p, int64_t columns) {
+  const int64_t floats = Backward<T>::floats(p, columns);
+  return {floats, exceeds(floats, 4 << 20)};
 }
 
 template <class T>
@@ -55,8 +61,7 @@ void forward_float32(const Na2dProblem& p, const Columns& columns, const Item& i
 void backward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
   Backward<float>(p, columns, item, scratch).run(grad_rpb);
 }
-int64_t backward_floats_float32(const Na2dProblem& p, int64_t columns) { return Backward<float>::floats(p, columns); }
-constexpr Kernels float32 = {forward_float32, backward_float32, forward_floats_of<float>, backward_floats_float32, ""};
+constexpr Kernels float32 = {forward_float32, backward_float32, forward_need_of<float>, backward_need_of<float>, ""};
 #endif
 
 void forward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
@@ -73,12 +78,12 @@ void backward(const Na2dProblem& p, const Columns& columns, const Item& item, fl
     float32.backward(p, columns, item, scratch, grad_rpb);
 }
 
-int64_t forward_floats(const Na2dProblem& p, int64_t columns) {
-  return p.bf16 ? forward_floats_of<Half>(p, columns) : float32.forward_floats(p, columns);
+Need forward_need(const Na2dProblem& p, int64_t columns) {
+  return p.bf16 ? forward_need_of<Half>(p, columns) : float32.forward_need(p, columns);
 }
 
-int64_t backward_floats(const Na2dProblem& p, int64_t columns) {
-  return p.bf16 ? Backward<Half>::floats(p, columns) : float32.backward_floats(p, columns);
+Need backward_need(const Na2dProblem& p, int64_t columns) {
+  return p.bf16 ? backward_need_of<Half>(p, columns) : float32.backward_need(p, columns);
 }
 
 #define NA2D_TEXT_(x) #x
@@ -86,6 +91,6 @@ int64_t backward_floats(const Na2dProblem& p, int64_t columns) {
 
 }  // namespace
 
-const Kernels NA2D_ISA = {forward, backward, forward_floats, backward_floats, NA2D_TEXT(NA2D_ISA)};
+const Kernels NA2D_ISA = {forward, backward, forward_need, backward_need, NA2D_TEXT(NA2D_ISA)};
 
 }  // namespace na2d

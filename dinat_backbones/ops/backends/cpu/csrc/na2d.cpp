@@ -15,8 +15,7 @@ namespace na2d {
 namespace {
 
 constexpr int64_t kAlign = 16;  // columns of an item start at multiples of the widest vector
-// Scratch per thread, unless 64 columns need more; tables of the bias gradient per call, see Tables.
-constexpr int64_t kForwardBytes = 1 << 20, kBackwardBytes = 4 << 20, kTableBytes = 4 << 20;
+constexpr int64_t kTableBytes = 4 << 20;  // tables of the bias gradient per call, see Tables
 
 // What the machine supports, best first.
 std::vector<const Kernels*> supported() {
@@ -79,10 +78,10 @@ struct Geometry {
   Columns columns() const { return {first.data(), last.data(), key_low.data(), key_high.data()}; }
 };
 
-// Columns per item: as many as keep the scratch near `bytes`, in equal strips.
-int64_t strip_width(const Na2dProblem& p, int64_t (*floats)(const Na2dProblem&, int64_t), int64_t bytes) {
+// Columns per item: as many as are not too much, but at least 64, in equal strips.
+int64_t strip_width(const Na2dProblem& p, Need (*need)(const Na2dProblem&, int64_t)) {
   int64_t strips = 1, width = p.width;
-  while (width > 4 * kAlign && floats(p, width) * int64_t(sizeof(float)) > bytes) {
+  while (width > 4 * kAlign && need(p, width).too_much) {
     ++strips;
     width = ((p.width + strips - 1) / strips + kAlign - 1) / kAlign * kAlign;
   }
@@ -198,9 +197,9 @@ extern "C" int na2d_forward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
   advise_large_pages(*p, p->out);
-  const int64_t width = strip_width(*p, kernels().forward_floats, kForwardBytes);
+  const int64_t width = strip_width(*p, kernels().forward_need);
   const Items items = split(*p, width, 2 * p->kernel);
-  Job job{*p, geometry.columns(), items, size_t(kernels().forward_floats(*p, width)), nullptr};
+  Job job{*p, geometry.columns(), items, size_t(kernels().forward_need(*p, width).floats), nullptr};
   return run(job);
 } catch (const std::exception&) {
   return 1;
@@ -210,10 +209,10 @@ extern "C" int na2d_backward(const Na2dProblem* p) try {
   using namespace na2d;
   const Geometry geometry(*p);
   for (const Na2dView* view : {&p->grad_query, &p->grad_key, &p->grad_value}) advise_large_pages(*p, *view);
-  const int64_t width = strip_width(*p, kernels().backward_floats, kBackwardBytes);
+  const int64_t width = strip_width(*p, kernels().backward_need);
   const Items items = split(*p, width, 4 * p->kernel);
   Tables tables(*p, items);
-  Job job{*p, geometry.columns(), items, size_t(kernels().backward_floats(*p, width)), &tables};
+  Job job{*p, geometry.columns(), items, size_t(kernels().backward_need(*p, width).floats), &tables};
   const int status = run(job);
   if (p->grad_rpb) {
     std::fill_n(p->grad_rpb, p->heads * tables.size, 0.f);

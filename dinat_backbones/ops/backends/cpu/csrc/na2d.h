@@ -79,12 +79,19 @@ inline int64_t last_query(int64_t position, int64_t length, int64_t kernel) {
   return position >= length - kernel ? length - 1 : position + kernel / 2;
 }
 
+// Scratch for an item of so many columns, and whether it is too much: whether more items of fewer columns are better.
+struct Need {
+  int64_t floats;
+  bool too_much;
+};
+inline bool exceeds(int64_t floats, int64_t bytes) { return floats * int64_t(sizeof(float)) > bytes; }
+
 // The kernels, compiled once per instruction set from kernel.cpp; those of amx_bf16 from amx.cpp.
 struct Kernels {
   void (*forward)(const Na2dProblem&, const Columns&, const Item&, float* scratch);
   void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);  // adds to grad_rpb
-  int64_t (*forward_floats)(const Na2dProblem&, int64_t columns);  // scratch for an item of that many columns
-  int64_t (*backward_floats)(const Na2dProblem&, int64_t columns);
+  Need (*forward_need)(const Na2dProblem&, int64_t columns);
+  Need (*backward_need)(const Na2dProblem&, int64_t columns);
   const char* name;
 };
 extern const Kernels baseline, avx2, avx512, avx512_bf16, amx_bf16;
