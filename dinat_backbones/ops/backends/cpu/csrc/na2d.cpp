@@ -155,9 +155,16 @@ struct Job {
     const int64_t count = units();
     for (int64_t i = next++; i < count; i = next++)
       if (tables)
-        backward(i, scratch);
+        backward(by_place(i, tables->per_head), scratch);
       else
-        kernels().forward(problem, columns, items.all[i], scratch);
+        kernels().forward(problem, columns, items.all[by_place(i, items.per_head)], scratch);
+  }
+
+  // Units of an image lie head by head; they are taken place by place, all heads of one after the other: these lie next to each
+  // other in memory, and come from there together.
+  int64_t by_place(int64_t unit, int64_t per_head) const {
+    const int64_t of_image = problem.heads * per_head, first = unit / of_image * of_image, place = (unit - first) / problem.heads;
+    return first + (unit - first) % problem.heads * per_head + place;
   }
 
   void backward(int64_t unit, float* scratch) {
