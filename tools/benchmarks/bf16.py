@@ -47,8 +47,8 @@ def parity_op_bf16(bench: Bench) -> None:
     cases = [((40, 44), 1, "reference"), ((40, 44), 5, "reference")]
     cases += [(bench.sizes.map, near, "tiled"), (bench.sizes.map, far, "tiled")]
     for size, dilation, eager in cases:
-        inputs = OpInputs(size).to(torch.Tensor.bfloat16, torch.float32)
-        exact = inputs.to(torch.Tensor.double, torch.float64).gradients(op(dilation, eager))
+        inputs = OpInputs(size).to(torch.bfloat16, torch.float32)
+        exact = inputs.to(torch.float64, torch.float64).gradients(op(dilation, eager))
         pairs = zip(inputs.gradients(op(dilation)), inputs.gradients(op(dilation, eager)), exact, strict=True)
         not_worse(f"op bf16, {size[0]}x{size[1]}, d={dilation}", pairs)
     bench.say("parity: the op in bf16 is as exact as its eager backends, forward and gradients")
@@ -68,7 +68,7 @@ def parity_bf16(bench: Bench) -> None:
 
 def op_rows(bench: Bench) -> list[Row]:
     full = OpInputs(bench.sizes.map)
-    half = full.to(torch.Tensor.bfloat16, torch.float32)
+    half = full.to(torch.bfloat16, torch.float32)
     native = bf16_instructions()
     bar = Bar(">=", 2) if native else None
     rows = []

@@ -1,7 +1,7 @@
 """The op by itself: its backends beside each other and beside natten, and how time grows."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -20,17 +20,28 @@ class OpInputs:
     def __init__(self, size: tuple[int, int]):
         generator = torch.Generator().manual_seed(0)
         qkv = torch.randn(1, *size, 3, HEADS, HEAD_DIM, generator=generator)
-        self.qkv = [t.requires_grad_() for t in qkv.unbind(3)]
         span = 2 * KERNEL - 1
-        self.rpb = (0.5 * torch.randn(HEADS, span, span, generator=generator)).requires_grad_()
-        self.grad_out = torch.randn(1, *size, HEADS, HEAD_DIM, generator=generator)
+        rpb = 0.5 * torch.randn(HEADS, span, span, generator=generator)
+        self._set(qkv.unbind(3), rpb, torch.randn(1, *size, HEADS, HEAD_DIM, generator=generator))
 
-    def to(self, convert: Callable[[torch.Tensor], torch.Tensor], rpb_dtype: torch.dtype) -> "OpInputs":
-        """The same numbers in another layout or dtype."""
+    def _set(self, qkv: Iterable[torch.Tensor], rpb: torch.Tensor, grad_out: torch.Tensor) -> None:
+        self.qkv = [t.requires_grad_() for t in qkv]
+        self.rpb, self.grad_out = rpb.requires_grad_(), grad_out
+
+    def to(self, dtype: torch.dtype, rpb_dtype: torch.dtype) -> "OpInputs":
+        """The same numbers in another dtype, query, key and value again side by side."""
         other = object.__new__(OpInputs)
-        other.qkv = [convert(t.detach()).requires_grad_() for t in self.qkv]
-        other.rpb = self.rpb.detach().to(rpb_dtype).requires_grad_()
-        other.grad_out = convert(self.grad_out)
+        qkv = torch.stack([t.detach() for t in self.qkv], 3).to(dtype)
+        other._set(qkv.unbind(3), self.rpb.detach().to(rpb_dtype), self.grad_out.to(dtype))
+        return other
+
+    def heads_first(self, scale: float) -> "OpInputs":
+        """The same numbers as natten 0.14.6 wants them: ``[B, heads, H, W, dim]``, the query times `scale`."""
+        other = object.__new__(OpInputs)
+        query, key, value, grad_out = (
+            t.detach().permute(0, 3, 1, 2, 4).contiguous() for t in (*self.qkv, self.grad_out)
+        )
+        other._set((query * scale, key, value), self.rpb.detach().clone(), grad_out)
         return other
 
     def gradients(self, function: Callable) -> tuple[torch.Tensor, ...]:
@@ -52,15 +63,9 @@ def op(dilation: int, backend: str = "cpu") -> Callable:
     return call
 
 
-def natten_inputs(inputs: OpInputs) -> OpInputs:
-    other = inputs.to(lambda t: t.permute(0, 3, 1, 2, 4).contiguous(), torch.float32)
-    other.qkv[0] = (other.qkv[0].detach() * HEAD_DIM**-0.5).requires_grad_()
-    return other
-
-
 def parity_op(bench: Bench) -> None:
     small = OpInputs((40, 44))
-    exact = small.to(torch.Tensor.double, torch.float64)
+    exact = small.to(torch.float64, torch.float64)
     for dilation in (1, 5):
         expected = exact.gradients(op(dilation, "reference"))
         for backend in ("cpu", "tiled"):
@@ -71,7 +76,7 @@ def parity_op(bench: Bench) -> None:
         ours = inputs.gradients(op(dilation))
         agree(f"op cpu, d={dilation}, full size, against tiled", ours, inputs.gradients(op(dilation, "tiled")))
         if baselines.natten2dav:
-            out, *grads, grad_rpb = natten_inputs(inputs).gradients(baselines.natten_op(KERNEL, dilation))
+            out, *grads, grad_rpb = inputs.heads_first(HEAD_DIM**-0.5).gradients(baselines.natten_op(KERNEL, dilation))
             grads[0] = grads[0] * HEAD_DIM**-0.5
             theirs = [t.permute(0, 2, 3, 1, 4) for t in (out, *grads)]
             agree(f"op cpu, d={dilation}, full size, against {baselines.NATTEN}", ours, (*theirs, grad_rpb))
@@ -80,7 +85,7 @@ def parity_op(bench: Bench) -> None:
 
 def op_rows(bench: Bench) -> list[Row]:
     inputs, (height, width) = OpInputs(bench.sizes.map), bench.sizes.map
-    theirs = natten_inputs(inputs)
+    theirs = inputs.heads_first(HEAD_DIM**-0.5)
     rows = []
     near, far = bench.sizes.dilations
     for d, backward in itertools.product((near, far), (False, True)):
@@ -151,7 +156,7 @@ def _curves(bench: Bench) -> None:
     def draw(axis: str, at: int, label: str, inputs: OpInputs, dilation: int) -> None:
         calls = {backend: op_call(inputs, op(dilation, backend), False) for backend in ("cpu", "tiled")}
         if baselines.natten2dav:
-            calls[baselines.NATTEN] = op_call(natten_inputs(inputs), baselines.natten_op(KERNEL, dilation), False)
+            calls[baselines.NATTEN] = op_call(inputs.heads_first(HEAD_DIM**-0.5), baselines.natten_op(KERNEL, dilation), False)
         bench.curve(axis, at, bench.times(f"op forward, {label}", calls))
 
     height, width = bench.sizes.map
