@@ -1,10 +1,12 @@
 // The instruction set "amx_bf16": bfloat16 with the matrix tiles of AMX; everything else as with "avx512_bf16".
 //
-// Layout. The queries and keys of one dilation group of rows and one of columns are a dense map, whose windows overlap. A block
-// is kBlockRows rows of up to kBlockColumns neighboring queries there, one query per row of a tile; in each key row their
-// windows lie within 16 columns, the columns of another. So scores are products of whole tiles, of which each query's softmax
-// reads its own K columns, and weights go back to the same places among zeros for the weighted sums.
-// A key row is kept as two tiles per block, as keys to multiply queries with and as values to sum up.
+// Layout. The queries and keys of one dilation group of rows and one of columns are a dense map, where the windows of neighbors
+// overlap. A block is up to kBlockRows rows of kBlockColumns neighboring queries there, each a row of a tile; their windows lie
+// within 16 columns, the columns of another. Scores are products of whole tiles, of which softmax reads each query's window, and
+// weights go back to the same places, among zeros, for the weighted sums. What is multiplied with these zeros must be finite;
+// where something is not, the kernels of "avx512_bf16" compute the item again.
+// Right-hand sides hold pairs in 32-bit lanes: scores sum up over pairs of dims, so key rows are transposed; weighted sums over
+// pairs of neighboring keys, two key rows in a tile.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -76,6 +78,7 @@ struct ColumnGroup {
       blocks.push_back(block);
     }
   }
+  bool begins_tile(const Block& block) const { return &block == blocks.data() || block.keys != (&block)[-1].keys; }
 };
 
 // The first position of a group of columns at or behind a column.
@@ -171,8 +174,8 @@ inline void store_paired(const __m512i* pixels, int64_t ld, float* out) {
   }
 }
 
-// 2^x for x <= 0, to 4e-6 of its value; 0 below -127 and for -inf, NaN for NaN.
-inline Vec exp2_of_negative(Vec x) {
+// 2^x for x <= 0 in some lanes, to 4e-6 of its value: 0 below -127 and for -inf, NaN for NaN. 0 in the others.
+inline Vec exp2_of_negative(Vec x, __mmask16 lanes) {
   x = Vec(_mm512_max_ps(__m512(splat(-127.f)), __m512(x)));  // of a NaN the second
   const Vec shifter = splat(12582912.f + 127);
   const Vec shifted = x + shifter;
@@ -182,7 +185,7 @@ inline Vec exp2_of_negative(Vec x) {
   p = p * f + splat(.240247443f);
   p = p * f + splat(.693121791f);
   p = p * f + splat(.999999285f);
-  return p * as_float(as_int(shifted) << 23);
+  return Vec(_mm512_maskz_mul_ps(lanes, __m512(p), __m512(as_float(as_int(shifted) << 23))));
 }
 
 // Lane q: what `op` makes of all lanes of values[q].
@@ -258,7 +261,9 @@ struct Windows {
           for (int j = 0; j < K; ++j) body(cell(row, column) + i * (L / 2) + j, (row + i) * kSpan + column + j);
   }
 
-  // A query's window in tiles of products, and rows 2i and 2i + 1 of it.
+  // The lanes that are neighbors in a vector of rows 2i and 2i + 1.
+  static constexpr __mmask16 lanes(int i) { return __mmask16(((1 << K) - 1) * (2 * i + 1 < K ? 1 + (1 << L / 2) : 1)); }
+  // A query's window in tiles of products, and rows 2i and 2i + 1 of it; other lanes hold what lies beside the window.
   static const float* first(const float* tiles, const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) {
     return tiles + (queries.key[r] * kTile + q) * kTile + block.offset[c];
   }
@@ -314,8 +319,8 @@ struct Softmax {
     Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table ? table[cell] * kLog2e : 0.f; });
   }
 
-  // Calls body(query, row, column, Odd), and what that returns with (pair of rows of the window, weights before they are divided by
-  // their sum).
+  // For each query calls first before(row, column), then body(query, row, column, Odd), and what that returns with (pair of rows of
+  // the window, weights before they are divided by their sum).
   template <class Before, class Body>
   void run(const float* products, const Block& block, const Queries& queries, float* inverse, Before before, Body body) const {
     Vec highest[kTile] = {}, total[kTile] = {};
@@ -323,11 +328,12 @@ struct Softmax {
       const float* const row = bias + Windows<K>::cell(queries.bias[r], block.bias[c]);
       const float* const first = Windows<K>::first(products, block, queries, q, r, c);
       float* const to = exponents + q * kPairs * L;
-      before(q, r, c);
+      before(r, c);
       Vec most = splat(-std::numeric_limits<float>::infinity());
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec y = Windows<K>::load_pair(first, i) * splat(scale) + load(row + i * L);
+        const Vec product = Windows<K>::load_pair(first, i);
+        const Vec y = Vec(_mm512_mask3_fmadd_ps(__m512(product), __m512(splat(scale)), __m512(load(row + i * L)), Windows<K>::lanes(i)));
         store(to + i * L, y);
         most = larger(y, most);
       }
@@ -342,7 +348,7 @@ struct Softmax {
       Vec sum{};
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec y = exp2_of_negative(load(from + i * L) - most);
+        const Vec y = exp2_of_negative(load(from + i * L) - most, Windows<K>::lanes(i));
         sum += y;
         finish(i, y);
       }
@@ -373,6 +379,7 @@ struct KeyTiles {
   KeyTiles(const ColumnGroup& columns, int64_t chunks, int64_t slots)
       : columns(columns), chunks(chunks), slot_floats(chunks * kTileFloats), block_floats(slots * chunks * kTileFloats) {}
 
+  int64_t floats() const { return int64_t(columns.keys.size()) * block_floats; }
   int64_t at(const Block& block, int64_t slot) const { return block.keys * block_floats + slot * slot_floats; }
   void pack(const Pixels& map, const Block& block, int64_t row, float* transposed, float* paired, Finite* finite) const {
     for (int64_t c = 0; c < chunks; ++c) {
@@ -387,9 +394,9 @@ struct KeyTiles {
   }
 };
 
-// The queries of a block as a left-hand tile for each chunk of dims; `finite` sees them.
+// The queries of a block as a left-hand tile for each chunk of dims; `finite`, where given, sees them.
 inline void load_queries(const Pixels& map, const ColumnGroup& columns, const Block& block, int64_t row, const Queries& queries,
-                         int64_t chunks, float* out, Finite* finite = nullptr) {
+                         int64_t chunks, float* out, Finite* finite) {
   for (int64_t c = 0; c < chunks; ++c)
     for (int64_t r = 0; r < queries.rows; ++r) {
       __m512i pixels[kBlockColumns];
@@ -421,14 +428,16 @@ void sum_up(const float* weights, const float* paired, int64_t slot, int64_t pai
   }
 }
 
-// Those sums to the pixels of a block, times factor(query).
-template <class Factor>
+// Those sums, times factor(query), to the pixels of a block, where wanted(query).
+template <class Wanted, class Factor>
 void store_sums(const float* sums, int64_t chunks, const ColumnGroup& columns, const Block& block, int64_t row,
-                const Queries& queries, const Pixels& out, Factor factor) {
+                const Queries& queries, const Pixels& out, Wanted wanted, Factor factor) {
   for (int64_t c = 0; c < chunks; ++c, sums += 2 * kTileFloats)
     for_queries(block, queries, [&](int64_t q, int64_t r, int64_t column) {
+      if (!wanted(q)) return;
+      const float* const sum = sums + q * 2 * L;
       const Vec by = splat(factor(q));
-      out.store_pixel<true>(columns, row + r, block.query + column, c * kChunk, load(sums + q * 2 * L) * by, load(sums + q * 2 * L + L) * by);
+      out.store_pixel<true>(columns, row + r, block.query + column, c * kChunk, load(sum) * by, load(sum + L) * by);
     });
 }
 
@@ -455,111 +464,84 @@ struct Scratch {
   }
 };
 
+// The forward pass of one item.
 template <int K>
 struct Forward {
   static constexpr int kKeyRows = kRing<K, kBlockRows>;
-
-  // A block on its way: the tiles of one are computed while the softmax of another is.
-  struct Step {
-    const Block* block = nullptr;
-    int64_t row = 0;
-    Queries queries{0, 0, 1, 1, 0};
-    float *products, *sums, *inverse;
-  };
-
   const Na2dProblem& p;
   const Item& item;
   const int64_t chunks, length;  // length: of the group of rows
   const Pixels queries, keys, values, out;
-  Softmax<K> softmax;
+  const Softmax<K> softmax;
   Weights<K> weights;
-  float* const query_tile;
-  Step steps[3];
-  float* const tiles;
+  float *const products, *const inverse, *const query_tile, *const sums, *const tiles;
 
-  static constexpr int64_t kStep = (kKeyRows + 1) * kTileFloats;
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
-    return Softmax<K>::kFloats + Weights<K>::kFloats + 3 * kStep +
-           chunks_of(p) * kTileFloats * (1 + 3 * 2 + 2 * kKeyRows * key_tiles_of(columns / p.dilation + 1));
+    return Softmax<K>::kFloats + Weights<K>::kFloats + kKeyRows * kTileFloats + L +
+           chunks_of(p) * kTileFloats * (3 + 2 * kKeyRows * key_tiles_of(columns / p.dilation + 1));
   }
 
   Forward(const Na2dProblem& p, const Item& item, Scratch scratch)
       : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
         keys(p.key, p, item), values(p.value, p, item), out(p.out, p, item),
         softmax(p, item.head, scratch.take(Softmax<K>::kFloats)), weights(scratch.take(Weights<K>::kFloats)),
-        query_tile(scratch.take(chunks * kTileFloats)), steps{new_step(scratch), new_step(scratch), new_step(scratch)},
-        tiles(scratch.next) {}
-  Step new_step(Scratch& scratch) const {
-    Step step;
-    step.products = scratch.take(kKeyRows * kTileFloats);
-    step.inverse = scratch.take(kTileFloats);
-    step.sums = scratch.take(2 * chunks * kTileFloats);
-    return step;
-  }
+        products(scratch.take(kKeyRows * kTileFloats)), inverse(scratch.take(L)), query_tile(scratch.take(chunks * kTileFloats)),
+        sums(scratch.take(2 * chunks * kTileFloats)), tiles(scratch.next) {}
 
   // False when a value is not finite; some of the output may be stored then.
   bool run() {
     const TilesInUse in_use;
+    if (p.dilation > 1) fetch_rows();
     for (int64_t group = 0; group < p.dilation; ++group) {
-      const ColumnGroup columns(p, group, position_of(p, group, item.column_begin), position_of(p, group, item.column_end), false);
-      if (!columns.blocks.empty() && !run(columns)) return false;
+      const int64_t from = position_of(p, group, item.column_begin), to = position_of(p, group, item.column_end);
+      if (from < to && !run(ColumnGroup(p, group, from, to, false))) return false;
     }
     return true;
+  }
+
+  // All that is needed, in the order of addresses: the groups of columns take it in leaps, which memory answers slowly.
+  void fetch_rows() const {
+    const int64_t stop = window_start(item.row_end - 1, length, K) + K;
+    for (int64_t row = window_start(item.row_begin, length, K); row < stop; ++row)
+      for (int64_t column = item.column_begin; column < item.column_end; ++column)
+        for (const Pixels* map : {&queries, &keys, &values}) prefetch_to_l2(map->at(row, column));
   }
 
   bool run(const ColumnGroup& columns) {
     const KeyTiles layout(columns, chunks, kKeyRows);
     const int64_t phase = (item.row_begin + K / 2) % 2;  // most windows begin with the first row of a pair
     const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
-    float *const key_tiles = tiles, *const value_tiles = tiles + int64_t(columns.keys.size()) * layout.block_floats;
-    std::fill_n(value_tiles, int64_t(columns.keys.size()) * layout.block_floats, 0.f);  // what weights of zero are multiplied with
+    float *const key_tiles = tiles, *const value_tiles = tiles + layout.floats();
+    std::fill_n(value_tiles, layout.floats(), 0.f);  // weights of zero are multiplied with key rows that are not there
     Finite finite;
     const FetchAhead fetch(p, columns, length);
-
-    const auto multiply = [&](Step& step, int64_t packed) {
-      const Block& block = *step.block;
-      const int64_t first = window_start(step.row, length, K);
-      if (&block == columns.blocks.data() || block.keys != (&block)[-1].keys)
-        for (int64_t k = std::max(packed, first); k < step.queries.stop; ++k) {
-          layout.pack(keys, block, k, key_tiles + layout.at(block, slot(k)), nullptr, nullptr);
-          layout.pack(values, block, k, nullptr, value_tiles + layout.at(block, slot(k)), &finite);
-        }
-      load_queries(queries, columns, block, step.row, step.queries, chunks, query_tile);
-      for (int64_t k = first; k < step.queries.stop; ++k)
-        multiply_chunks(query_tile, key_tiles + layout.at(block, slot(k)), chunks, step.products + (k - step.queries.base) * kTileFloats);
-    };
-    const auto attend = [&](Step& step) {
-      if (!step.block) return;
-      const Block& block = *step.block;
-      weights.place(block, step.queries);
-      softmax.run(
-          step.products, block, step.queries, step.inverse,
-          [&](int64_t, int64_t r, int64_t c) { fetch(values, step.row + r, step.queries.stop + r, block.query + c); },
-          [&](int64_t q, int64_t r, int64_t c, auto odd) {
-            fetch(queries, step.row + r, step.row + kBlockRows + r, block.query + c);
-            fetch(keys, step.row + r, step.queries.stop + r, block.query + c);
-            return [first = weights.first(block, step.queries, q, r, c)](int i, Vec pair) {
-              Weights<K>::template store_pair<decltype(odd)::value>(first, i, pair);
-            };
-          });
-      const int64_t from = slot(step.queries.base);
-      sum_up<kKeyRows>(weights.tiles, value_tiles + layout.at(block, 0), from, step.queries.pairs(), chunks, step.sums);
-    };
-    const auto finish = [&](Step& step) {
-      if (step.block)
-        store_sums(step.sums, chunks, columns, *step.block, step.row, step.queries, out, [&](int64_t q) { return step.inverse[q]; });
-      step.block = nullptr;
-    };
-
-    int64_t packed = 0, count = 0;
+    int64_t packed = 0;  // key rows below this are in the ring
     for (int64_t row = item.row_begin; row < item.row_end; row += kBlockRows) {
       const Queries rows(row, std::min<int64_t>(kBlockRows, item.row_end - row), length, K, phase);
+      const int64_t first = window_start(row, length, K);
       for (const Block& block : columns.blocks) {
-        Step& step = steps[count % 3];
-        step.block = &block, step.row = row, step.queries = rows;
-        multiply(step, packed);
-        attend(step);
-        finish(step);
+        if (columns.begins_tile(block))
+          for (int64_t k = std::max(packed, first); k < rows.stop; ++k) {
+            const int64_t at = layout.at(block, slot(k));
+            layout.pack(keys, block, k, key_tiles + at, nullptr, nullptr);
+            layout.pack(values, block, k, nullptr, value_tiles + at, &finite);
+          }
+        load_queries(queries, columns, block, row, rows, chunks, query_tile, nullptr);
+        for (int64_t k = first; k < rows.stop; ++k)
+          multiply_chunks(query_tile, key_tiles + layout.at(block, slot(k)), chunks, products + (k - rows.base) * kTileFloats);
+        weights.place(block, rows);
+        softmax.run(
+            products, block, rows, inverse,
+            [&](int64_t r, int64_t c) { fetch(values, row + r, rows.stop + r, block.query + c); },
+            [&](int64_t q, int64_t r, int64_t c, auto odd) {
+              fetch(queries, row + r, row + r + kBlockRows, block.query + c);
+              fetch(keys, row + r, rows.stop + r, block.query + c);
+              return [first = weights.first(block, rows, q, r, c)](int i, Vec pair) {
+                Weights<K>::template store_pair<decltype(odd)::value>(first, i, pair);
+              };
+            });
+        sum_up<kKeyRows>(weights.tiles, value_tiles + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
+        store_sums(sums, chunks, columns, block, row, rows, out, [](int64_t) { return true; }, [&](int64_t q) { return inverse[q]; });
       }
       if (!finite.all()) return false;
       packed = rows.stop;
@@ -579,7 +561,7 @@ struct Backward {
   const Item& item;
   const int64_t chunks, length;
   const Pixels queries, keys, values, grad_out, grad_queries, grad_keys, grad_values;
-  Softmax<K> softmax;
+  const Softmax<K> softmax;
   Weights<K> weights[kHalves], gradients[kHalves];  // gradients: of the logits
   float *const table, *const products, *const grad_products, *const inverse;
   float* const right;                             // right-hand sides of sums over queries: [key row][query of either half][key]
@@ -591,7 +573,7 @@ struct Backward {
 
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
     const int64_t positions = std::min((p.width + p.dilation - 1) / p.dilation, columns / p.dilation + 1 + 2 * (K - 1));
-    return Softmax<K>::kFloats + 2 * kHalves * Weights<K>::kFloats + kTable + 2 * kProducts + (1 + 2 * kKeyRows) * kTileFloats +
+    return Softmax<K>::kFloats + 2 * kHalves * Weights<K>::kFloats + kTable + 2 * kProducts + L + 2 * kKeyRows * kTileFloats +
            chunks_of(p) * kTileFloats * (2 * kHalves + 4 + 2 + 7 * kKeyRows * key_tiles_of(positions));
   }
 
@@ -603,7 +585,7 @@ struct Backward {
         weights{Weights<K>(scratch.take(Weights<K>::kFloats)), Weights<K>(scratch.take(Weights<K>::kFloats))},
         gradients{Weights<K>(scratch.take(Weights<K>::kFloats)), Weights<K>(scratch.take(Weights<K>::kFloats))},
         table(scratch.take(kTable)), products(scratch.take(kProducts)), grad_products(scratch.take(kProducts)),
-        inverse(scratch.take(kTileFloats)), right(scratch.take(2 * kKeyRows * kTileFloats)),
+        inverse(scratch.take(L)), right(scratch.take(2 * kKeyRows * kTileFloats)),
         query_tile(scratch.take(kHalves * chunks * kTileFloats)), grad_out_tile(scratch.take(kHalves * chunks * kTileFloats)),
         query_dims(scratch.take(2 * chunks * kTileFloats)), grad_out_dims(scratch.take(2 * chunks * kTileFloats)),
         sums(scratch.take(2 * chunks * kTileFloats)), tiles(scratch.next) {
@@ -627,7 +609,7 @@ struct Backward {
     const int64_t width = group_length(p.width, p.dilation, group);
     const ColumnGroup columns(p, group, first_query(from, K), last_query(to - 1, width, K) + 1, true);
     const KeyTiles layout(columns, chunks, kKeyRows);
-    const int64_t tile = chunks * kTileFloats, all_tiles = int64_t(columns.keys.size()) * layout.block_floats;
+    const int64_t tile = chunks * kTileFloats, all_tiles = layout.floats();
     const int64_t first_row = first_query(item.row_begin, K), stop_row = last_query(item.row_end - 1, length, K) + 1;
     const int64_t phase = (first_row + K / 2) % 2;
     const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
@@ -643,8 +625,7 @@ struct Backward {
       const Queries all(row, count, length, K, phase);
       const int64_t first = window_start(row, length, K);
       for (const Block& block : columns.blocks) {
-        const bool begins_tile = &block == columns.blocks.data() || block.keys != (&block)[-1].keys;
-        if (begins_tile)
+        if (columns.begins_tile(block))
           for (int64_t k = std::max(packed, first); k < all.stop; ++k) {
             const int64_t at = layout.at(block, slot(k));
             layout.pack(values, block, k, value_tiles + at, nullptr, nullptr);
@@ -673,31 +654,23 @@ struct Backward {
             const int64_t y = half_row + r, x = block.query + c;
             owned[q] = item.row_begin <= y && y < item.row_end && from <= x && x < to;
           });
-          differentiate(block, rows, weights[half], gradients[half],
-            [&](int64_t, int64_t r, int64_t c) {
-              const int64_t y = half_row + r, x = block.query + c;
-              fetch(queries, y, y + kRows, x);
-              fetch(grad_out, y, y + kRows, x);
-            },
-            [&](int64_t, int64_t r, int64_t c) {
-              const int64_t y = half_row + r, x = block.query + c;
-              fetch(keys, y, all.stop + y - row, x);
-              fetch(values, y, all.stop + y - row, x);
-            });
+          const auto fetch_both = [&](const Pixels& a, const Pixels& b, int64_t ahead) {
+            return [&, ahead](int64_t r, int64_t c) {
+              fetch(a, half_row + r, half_row + r + ahead, block.query + c);
+              fetch(b, half_row + r, half_row + r + ahead, block.query + c);
+            };
+          };
+          differentiate(block, rows, weights[half], gradients[half], fetch_both(queries, grad_out, kRows),
+                        fetch_both(keys, values, all.stop - row));
           sum_up<kKeyRows>(gradients[half].tiles, paired_keys + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
-          for (int64_t c = 0; c < chunks; ++c)
-            for_queries(block, rows, [&](int64_t q, int64_t r, int64_t column) {
-              const float* const sum = sums + (c * kTile + q) * 2 * L;
-              if (owned[q])
-                grad_queries.store_pixel<true>(columns, half_row + r, block.query + column, c * kChunk, load(sum) * splat(p.scale),
-                                               load(sum + L) * splat(p.scale));
-            });
+          store_sums(sums, chunks, columns, block, half_row, rows, grad_queries, [&](int64_t q) { return owned[q]; },
+                     [&](int64_t) { return p.scale; });
         }
         if (!finite.all()) return false;
         turn_dims(query_tile, query_dims);
         turn_dims(grad_out_tile, grad_out_dims);
         const int64_t begin = std::max(first, item.row_begin), end = std::min(all.stop, item.row_end);
-        const int64_t fresh = begins_tile ? packed : end;  // key rows from here on have no sums yet
+        const int64_t fresh = columns.begins_tile(block) ? packed : end;  // key rows from here on have no sums yet
         turn(gradients, halves, all, right);
         add_products(query_dims, right, all, begin, end, fresh, [&](int64_t k) { return key_sums + 2 * layout.at(block, slot(k)); });
         turn(weights, halves, all, right + kKeyRows * kTileFloats);
@@ -713,9 +686,11 @@ struct Backward {
     return true;
   }
 
-  // Products to weights and their gradients, and these to gradients of the logits.
+  // Products to weights and their gradients, and these to gradients of the logits. Calls first_fetch(row, column) and
+  // second_fetch(row, column) for each query meanwhile.
   template <class First, class Second>
-  void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients, First first_fetch, Second second_fetch) {
+  void differentiate(const Block& block, const Queries& rows, const Weights<K>& weights, const Weights<K>& gradients,
+                     First first_fetch, Second second_fetch) {
     constexpr int kPairs = Windows<K>::kPairs;
     Vec total[kTile] = {};
     softmax.run(products, block, rows, inverse, first_fetch, [&](int64_t q, int64_t r, int64_t c, auto) {
@@ -733,7 +708,7 @@ struct Backward {
       const float* const first = Windows<K>::first(grad_products, block, rows, q, r, c);
       Half *const weight_first = weights.first(block, rows, q, r, c), *const gradient_first = gradients.first(block, rows, q, r, c);
       const Vec by = splat(inverse[q]), from = splat(mean[q]);
-      second_fetch(q, r, c);
+      second_fetch(r, c);
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
         const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * by;

@@ -31,5 +31,11 @@ inline void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
+inline void prefetch_to_l2([[maybe_unused]] const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
+#endif
+}
+
 }  // namespace
 }  // namespace na2d
