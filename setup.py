@@ -34,8 +34,8 @@ if X86:
         ("avx2", 8, ["-mavx2", "-mfma"], ["/arch:AVX2"]),
         ("avx512", 16, AVX512, ["/arch:AVX512"]),
     ]
-# Products of bfloat16: source, flags. GCC knows the first from 10 on and Clang from 9 on, the second both from 11 on; a set
-# that the compiler does not know is left out, with those after it.
+# Products of bfloat16: name, source, flags. Known to GCC from 10 and 11 on, to Clang from 9 and 11 on; a set that the
+# compiler does not know is left out, and what comes after it.
 BF16_SETS = []
 if X86:
     BF16 = [*AVX512, "-mavx512bf16"]
@@ -121,7 +121,7 @@ setup(
     ext_modules=[
         Extension(
             "dinat_backbones.ops.backends.cpu._na2d",
-            sources=[f"{CPU}/csrc/na2d.cpp", f"{CPU}/csrc/kernel.cpp"],
+            sources=[f"{CPU}/csrc/na2d.cpp", f"{CPU}/csrc/kernel.cpp", f"{CPU}/csrc/amx.cpp"],
             depends=sorted(glob.glob(f"{CPU}/csrc/*.h")),
             optional=True,
         )

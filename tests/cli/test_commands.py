@@ -144,7 +144,7 @@ def lines(capsys):
 def test_info(capsys):
     found = lines(capsys)
     assert found["torch"].startswith(torch.__version__)
-    assert found["cpu kernel"].split(":")[0] in ("avx512_bf16", "avx512", "avx2", "baseline", "none")
+    assert found["cpu kernel"].split(":")[0] in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "none")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     assert {f"{name} on {device}" for name in ops.BACKENDS for device in devices} <= found.keys()
     assert found["tiled on cpu"] == found["reference on cpu"] == "yes"

@@ -23,7 +23,7 @@ CPU = BACKENDS["cpu"]
 PACKAGE = Path(dinat_backbones.__file__).parent
 
 
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_instruction_sets(name):
     best = CPU.instruction_set()
     if not CPU.use_instruction_set(name):
@@ -42,14 +42,46 @@ def test_instruction_sets(name):
         CPU.use_instruction_set(best)
 
 
+# height and width beside kernel_size * dilation, heads, dim: blocks of 2 x 8 queries that are not full, one column or row of
+# them, key rows of up to 15 and of more keys, dims that fill no tile of 32 or some of them
+BLOCKS = [
+    ((0, 0), 2, 32),
+    ((1, 0), 1, 33),
+    ((0, 1), 1, 31),
+    ((3, 7), 2, 16),
+    ((8, 9), 1, 64),
+    ((5, 24), 2, 8),
+    ((2, 41), 3, 40),
+    ((29, 17), 2, 96),
+]
+
+
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 4), (5, 1), (5, 3), (7, 1), (7, 2), (7, 5)])
+def test_blocks_of_bfloat16(kernel_size, dilation):
+    for (more_rows, more_columns), heads, dim in BLOCKS:
+        reach = kernel_size * dilation
+        shape = 2, reach + more_rows, reach + more_columns, heads, dim, kernel_size
+        tensors, rpb, grad_out = draw(*shape, dtype=torch.bfloat16, seed=dim, fused=dim == 32)
+        settings = dict(kernel_size=kernel_size, dilation=dilation)
+        for table in (rpb.float(), None):
+            exact = [None if t is None else t.double() for t in (*tensors, table, grad_out)]
+            expected = run(exact[:3], exact[3], exact[4], backend="reference", **settings)
+            got = run(tensors, table, grad_out, backend="cpu", **settings)
+            assert_near(got[:4], expected[:4], 2e-2)
+            assert_near(got[4:], expected[4:], 1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
-    "height, width, heads, dim, kernel_size, dilation", [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12)]
+    "height, width, heads, dim, kernel_size, dilation",
+    [(50, 700, 1, 128, 7, 1), (61, 580, 1, 64, 5, 12), (23, 700, 2, 32, 7, 3)],
 )
-def test_maps_split_into_strips(height, width, heads, dim, kernel_size, dilation):
-    tensors, rpb, grad_out = draw(1, height, width, heads, dim, kernel_size, dtype=torch.float32)
+def test_maps_split_into_strips(height, width, heads, dim, kernel_size, dilation, dtype, tolerance):
+    tensors, rpb, grad_out = draw(1, height, width, heads, dim, kernel_size, dtype=dtype)
+    rpb = rpb.float()
     settings = dict(kernel_size=kernel_size, dilation=dilation)
     expected = run([t.double() for t in tensors], rpb.double(), grad_out.double(), backend="tiled", **settings)
-    assert_near(run(tensors, rpb, grad_out, backend="cpu", **settings), expected, 1e-5)
+    assert_near(run(tensors, rpb, grad_out, backend="cpu", **settings), expected, tolerance)
 
 
 @pytest.mark.parametrize("batch, heads, dilation", [(52, 8, 3), (160, 8, 2)])

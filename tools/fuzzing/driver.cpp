@@ -110,8 +110,8 @@ int main(int, char** words) {
   const uint64_t first = std::strtoull(words[1], nullptr, 10), count = std::strtoull(words[2], nullptr, 10);
   bool good = true;
   for (uint64_t seed = first; seed < first + count; ++seed) {
-    const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
-    if (na2d_use_instruction_set(names[seed % 4])) na2d_use_instruction_set("baseline");
+    const char* const names[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+    if (na2d_use_instruction_set(names[seed % 5])) na2d_use_instruction_set("baseline");
     good &= one(seed);
   }
   std::printf("%lld calls\n", (long long)calls);

@@ -16,7 +16,7 @@ from dinat_backbones.ops import BACKENDS
 from .core import Session
 
 LARGEST = 300_000  # products of one query and one key: what a case may cost
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_rpb")
 
 
@@ -122,7 +122,7 @@ def neighbors(length: int, kernel_size: int, dilation: int) -> tuple[Tensor, Ten
 
 def rounds_weights(case: Case) -> bool:
     """Whether the C++ kernel multiplies in bfloat16."""
-    return case.instruction_set == "avx512_bf16" and case.qkv[0].dtype == torch.bfloat16
+    return case.instruction_set in ("avx512_bf16", "amx_bf16") and case.qkv[0].dtype == torch.bfloat16
 
 
 def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:

@@ -31,10 +31,11 @@ class CPUBackend(CompiledBackend):
         super().__init__(name)
 
     def instruction_set(self) -> str:
-        """The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline".
+        """The instruction set in use: "amx_bf16", "avx512_bf16", "avx512", "avx2" or "baseline".
 
-        With "avx512_bf16", bfloat16 is multiplied as it is, and attention weights and their gradients are rounded to it
+        With the first two, bfloat16 is multiplied as it is, and attention weights and their gradients are rounded to it
         before their products, which are summed up in float32; with the others bfloat16 is converted to float32.
+        "amx_bf16" multiplies in matrix tiles where the kernel size is at most 7.
 
         Raises:
             RuntimeError: the kernel's library cannot be loaded.

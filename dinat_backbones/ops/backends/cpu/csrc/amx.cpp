@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -454,6 +455,14 @@ struct FetchAhead {
   }
 };
 
+// Fetches all rows of an item in the order of addresses: its groups of columns take them in leaps, which memory answers slowly.
+inline void fetch_rows(const Na2dProblem& p, const Item& item, int64_t begin, int64_t end, std::initializer_list<const Pixels*> maps) {
+  if (p.dilation == 1) return;
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t column = item.column_begin; column < item.column_end; ++column)
+      for (const Pixels* map : maps) prefetch_to_l2(map->at(row, column));
+}
+
 // Scratch, piece by piece.
 struct Scratch {
   float* next;
@@ -491,20 +500,12 @@ struct Forward {
   // False when a value is not finite; some of the output may be stored then.
   bool run() {
     const TilesInUse in_use;
-    if (p.dilation > 1) fetch_rows();
+    fetch_rows(p, item, window_start(item.row_begin, length, K), window_start(item.row_end - 1, length, K) + K, {&queries, &keys, &values});
     for (int64_t group = 0; group < p.dilation; ++group) {
       const int64_t from = position_of(p, group, item.column_begin), to = position_of(p, group, item.column_end);
       if (from < to && !run(ColumnGroup(p, group, from, to, false))) return false;
     }
     return true;
-  }
-
-  // All that is needed, in the order of addresses: the groups of columns take it in leaps, which memory answers slowly.
-  void fetch_rows() const {
-    const int64_t stop = window_start(item.row_end - 1, length, K) + K;
-    for (int64_t row = window_start(item.row_begin, length, K); row < stop; ++row)
-      for (int64_t column = item.column_begin; column < item.column_end; ++column)
-        for (const Pixels* map : {&queries, &keys, &values}) prefetch_to_l2(map->at(row, column));
   }
 
   bool run(const ColumnGroup& columns) {
@@ -596,6 +597,7 @@ struct Backward {
   // False when a query, key or gradient of the output is not finite; some gradients may be stored then, none is in grad_rpb.
   bool run(float* grad_rpb) {
     const TilesInUse in_use;
+    fetch_rows(p, item, first_query(item.row_begin, K), last_query(item.row_end - 1, length, K) + 1, {&queries, &keys, &values, &grad_out});
     for (int64_t group = 0; group < p.dilation; ++group) {
       const int64_t from = position_of(p, group, item.column_begin), to = position_of(p, group, item.column_end);
       if (from < to && !run(group, from, to)) return false;
