@@ -150,7 +150,7 @@ struct Pixels {
   void store_pixel(const ColumnGroup& columns, int64_t row, int64_t position, int64_t d, Vec low, Vec high) const {
     Half* const pixel = const_cast<Half*>(at(row, columns.group + position * dilation)) + d * view.stride[4];
     __m512i dims = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
-    if constexpr (InFours) dims = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), dims);
+    if constexpr (InFours) dims = _mm512_maskz_permutexvar_epi64(__mmask8(-1), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), dims);
     store_dims(dims, view.stride[4], dim - d, pixel);
   }
 };
@@ -175,9 +175,13 @@ inline void store_paired(const __m512i* pixels, int64_t ld, float* out) {
   }
 }
 
+inline Vec plus(Vec a, Vec b) { return a + b; }
+// The second where one is NaN. (All lanes are named because GCC warns of its own header otherwise.)
+inline Vec larger(Vec a, Vec b) { return Vec(_mm512_maskz_max_ps(__mmask16(-1), __m512(a), __m512(b))); }
+
 // 2^x for x <= 0 in some lanes, to 4e-6 of its value: 0 below -127 and for -inf, NaN for NaN. 0 in the others.
 inline Vec exp2_of_negative(Vec x, __mmask16 lanes) {
-  x = Vec(_mm512_max_ps(__m512(splat(-127.f)), __m512(x)));  // of a NaN the second
+  x = larger(splat(-127.f), x);
   const Vec shifter = splat(12582912.f + 127);
   const Vec shifted = x + shifter;
   const Vec f = x - (shifted - shifter);
@@ -200,9 +204,6 @@ inline Vec reduce(Vec* values, Op op) {
   else
     return values[0];
 }
-
-inline Vec plus(Vec a, Vec b) { return a + b; }
-inline Vec larger(Vec a, Vec b) { return Vec(_mm512_max_ps(__m512(a), __m512(b))); }  // the second where one is NaN
 
 // The queries of a block, up to two rows of them.
 struct Queries {
@@ -754,8 +755,8 @@ struct Backward {
       NA2D_UNROLL(16)
       for (int i = 0; i < kTile; ++i) {
         const __m512i a = (__m512i)halves[0][i], b = (__m512i)halves[1][i];
-        store(out + 2 * i * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16))));
-        store(out + (2 * i + 1) * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b)));
+        store(out + 2 * i * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, a, __m512i(UintVec(b) << 16))));
+        store(out + (2 * i + 1) * L, Vec(_mm512_mask_blend_epi16(0xaaaaaaaa, __m512i(UintVec(a) >> 16), b)));
       }
     }
   }
