@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .layers import linear
 from .ops import (
     neighborhood_attention_2d,
     neighborhood_attention_2d_qkvpacked,
@@ -135,12 +136,12 @@ class NeighborhoodAttention2D(_Attention2D):
         else:
             x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
         # contiguous, because F.linear would multiply each row of a cropped map by a copy of the weight
-        x = self.proj_drop(self.proj(crop(x, height, width).contiguous().flatten(-2)))
+        x = self.proj_drop(linear(self.proj, crop(x, height, width).contiguous().flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x
 
     def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Packed qkv ``[B, H, W, 3, heads, head_dim]``; a subclass with three projections returns three tensors."""
-        qkv: torch.Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv: torch.Tensor = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
         return qkv
 
     def extra_repr(self) -> str:

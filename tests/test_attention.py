@@ -48,7 +48,7 @@ def test_small_maps_attend_to_the_padding(height, width, backend):
 def test_a_cropped_map_is_projected_in_one_product():
     # of a map that is not contiguous, torch multiplies each row by a copy of the weight
     layer = NeighborhoodAttention2D(16, 2, kernel_size=5, dilation=3).eval()
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:  # with gradients: see layers.linear
         layer(torch.randn(1, 9, 10, 16))
     called = {event.key: event.count for event in recorded.key_averages()}
     assert called["aten::addmm"] == 2 and "aten::bmm" not in called, called  # qkv and proj

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinat_backbones import NAT, DiNAT, DiNAT_s, layers, zoo
 from helpers import EVERYWHERE, GOLDEN, PUBLISHED, assert_near, fill_by_name, load_golden, published_state
@@ -377,3 +378,90 @@ def test_training_under_autocast_stays_finite(dtype):
         losses.append(loss.item())
     assert np.isfinite(losses).all()
     assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10])
+
+
+# ---- linear layers of inference on a CPU
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Calls of oneDNN's linear layer: what follows each."""
+    if layers._LINEAR_POINTWISE is None:
+        pytest.skip("this machine or build of torch has no linear layer of oneDNN")
+    calls, function = [], layers._LINEAR_POINTWISE
+
+    def counted(x, weight, bias, after, *others):
+        calls.append(after)
+        return function(x, weight, bias, after, *others)
+
+    monkeypatch.setattr(layers, "_LINEAR_POINTWISE", counted)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 24), (1, 24), (3, 24)])
+def test_fused_linear(fused, shape, gelu, bias):
+    layer, x = torch.nn.Linear(24, 40, bias=bias), 2 * torch.randn(shape)
+    expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    expected = torch.nn.functional.gelu(expected) if gelu else expected
+    with torch.no_grad():
+        assert_near([layers.linear(layer, x, gelu=gelu)], [expected], 1e-6)
+        assert fused == ["gelu" if gelu else "none"]
+        assert_near(
+            [layers.linear(layer, x.transpose(0, -2).contiguous().transpose(0, -2), gelu=gelu)], [expected], 1e-6
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            half = layers.linear(layer, x, gelu=gelu)
+        assert half.dtype == torch.bfloat16
+        assert_near([half], [expected], 1e-2)
+    assert not layers.linear(layer, x[:0], gelu=gelu).numel()
+
+
+def test_model_fuses_all_its_linear_layers(fused):
+    model, image = DiNAT(**SMALL).eval(), torch.randn(1, 3, 40, 50)
+    expected = [out.detach() for out in model(image)]
+    assert not fused  # gradients are on
+    with torch.inference_mode():
+        assert_near(model(image), expected)
+    blocks = sum(SMALL["depths"])
+    assert sorted(fused) == sorted(["none", "none", "gelu", "none"] * blocks)
+
+
+def test_what_watches_a_linear_layer_is_not_passed_over(fused):
+    layer, x, seen = torch.nn.Linear(8, 8), torch.randn(4, 8), []
+
+    class Other(torch.nn.Linear):
+        pass
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return layers.linear(self.layer, x, gelu=True)
+
+    with torch.no_grad():
+        handle = layer.register_forward_hook(lambda *call: seen.append(call))
+        layers.linear(layer, x)
+        handle.remove()
+        layers.linear(Other(8, 8), x)
+        layers.linear(layer.double(), x.double())
+        torch.vmap(lambda row: layers.linear(layer, row))(x.double())
+        torch.func.jvp(lambda row: layers.linear(layer, row), (x.double(),), (x.double(),))
+        assert "gelu" in str(torch.jit.trace(Net(), x, check_trace=False).graph)
+        assert "gelu" in torch.fx.symbolic_trace(Net()).code
+    layers.linear(layer.float(), x).sum().backward()
+    assert len(seen) == 1 and layer.weight.grad is not None
+    assert not fused
+
+
+def test_counters_of_flops_see_fused_layers():
+    model, image = DiNAT(**SMALL).eval(), torch.randn(1, 3, 40, 50)
+    counts = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
+            model(image)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0

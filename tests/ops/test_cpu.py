@@ -42,8 +42,8 @@ def test_instruction_sets(name):
         CPU.use_instruction_set(best)
 
 
-# height and width beside kernel_size * dilation, heads, dim: blocks of 2 x 8 queries that are not full, one column or row of
-# them, key rows of up to 15 and of more keys, dims that fill no tile of 32 or some of them
+# height and width beside kernel_size * dilation, heads, dim: blocks of 2 x 8 queries that are not full, one column or
+# row of them, key rows of up to 15 and of more keys, dims that fill no tile of 32 or some of them
 BLOCKS = [
     ((0, 0), 2, 32),
     ((1, 0), 1, 33),

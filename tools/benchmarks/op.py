@@ -156,7 +156,9 @@ def _curves(bench: Bench) -> None:
     def draw(axis: str, at: int, label: str, inputs: OpInputs, dilation: int) -> None:
         calls = {backend: op_call(inputs, op(dilation, backend), False) for backend in ("cpu", "tiled")}
         if baselines.natten2dav:
-            calls[baselines.NATTEN] = op_call(inputs.heads_first(HEAD_DIM**-0.5), baselines.natten_op(KERNEL, dilation), False)
+            calls[baselines.NATTEN] = op_call(
+                inputs.heads_first(HEAD_DIM**-0.5), baselines.natten_op(KERNEL, dilation), False
+            )
         bench.curve(axis, at, bench.times(f"op forward, {label}", calls))
 
     height, width = bench.sizes.map
