@@ -23,6 +23,7 @@ LARGE_BYTES, PIECE_BYTES = 32 << 20, 2 << 20
 _LINEAR_POINTWISE: Callable[..., torch.Tensor] | None = None
 if platform.machine() in ("x86_64", "AMD64"):
     _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_LINEAR = nn.Linear.forward, F.linear  # what it stands for, unless someone has replaced them
 
 
 def check_images(x: torch.Tensor, channels: int | None) -> None:
@@ -176,11 +177,24 @@ def linear(layer: nn.Module, x: torch.Tensor, *, gelu: bool = False) -> torch.Te
 
 
 def _can_fuse(layer: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether nothing but the result of this layer matters: no gradient, no hook, no transform."""
-    if not _plain_on_cpu(x) or transforms.active() or not can_run_in_pieces(layer):
+    """Whether nothing but the result of this layer matters, and oneDNN computes it as the layer does.
+
+    It checks no shapes and takes all memory for dense; hooks, replaced functions, modes and transforms are not told of
+    it.
+    """
+    if not _plain_on_cpu(x) or type(x) is not torch.Tensor or not x.is_floating_point() or not x.numel():
         return False
-    plain = all(type(tensor) is nn.Parameter for tensor in (layer.weight, layer.bias) if tensor is not None)
-    return plain and type(x) is torch.Tensor and x.numel() > 0
+    weight, bias = layer.weight, layer.bias
+    parameters = [weight] if bias is None else [weight, bias]
+    if any(type(tensor) is not nn.Parameter or tensor.device.type != "cpu" for tensor in parameters):
+        return False
+    if any(tensor.layout != torch.strided for tensor in (x, *parameters)) or x.shape[-1:] != weight.shape[1:]:
+        return False
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        return False
+    watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or transforms.active()
+    replaced = "forward" in layer.__dict__ or (nn.Linear.forward, F.linear) != _LINEAR
+    return not watched and not replaced and can_run_in_pieces(layer) and torch._C._get_mkldnn_enabled()
 
 
 def _has_products(dtypes: set[torch.dtype]) -> bool:

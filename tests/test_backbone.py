@@ -457,6 +457,30 @@ def test_what_watches_a_linear_layer_is_not_passed_over(fused):
     assert not fused
 
 
+def test_what_onednn_would_not_check_goes_to_torch(fused, monkeypatch):
+    layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
+    strided, expanded, scalar, meta = (torch.nn.Linear(8, 8) for _ in range(4))
+    strided.bias = torch.nn.Parameter(torch.randn(16)[::2])
+    expanded.bias = torch.nn.Parameter(torch.randn(1).expand(8))
+    scalar.bias = torch.nn.Parameter(torch.randn(1))
+    with torch.no_grad():
+        for module in (strided, expanded, scalar):
+            assert torch.equal(layers.linear(module, x), module(x))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layers.linear(layer, x[:, :7])
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            layers.linear(meta.to("meta"), x)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            layers.linear(layer, x.long())
+        with torch.backends.mkldnn.flags(enabled=False):
+            layers.linear(layer, x)
+        with torch.device("cpu"):  # a mode that sees functions of torch
+            layers.linear(layer, x)
+        monkeypatch.setattr(layer, "forward", lambda x: "replaced", raising=False)
+        assert layers.linear(layer, x) == "replaced"
+    assert not fused
+
+
 def test_counters_of_flops_see_fused_layers():
     model, image = DiNAT(**SMALL).eval(), torch.randn(1, 3, 40, 50)
     counts = []

@@ -56,17 +56,9 @@ def _traced_na2d(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 _BACKENDS = [backend for backend in BACKENDS.values() if isinstance(backend, CompiledBackend)]
-
-
-def _linear_pointwise(x: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
-    return 2 * x.numel() * weight[0]
-
-
 # Registered for all users of torch's counter. `register_flop_formula` does not work for custom ops in torch 2.3.
 flop_registry.update({backend.op.overloadpacket: shape_wrapper(_na2d) for backend in _BACKENDS})
 flop_registry.update({backend.backward_op.overloadpacket: shape_wrapper(_na2d_backward) for backend in _BACKENDS})
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # which `layers.linear` calls
-    flop_registry[torch.ops.mkldnn._linear_pointwise] = shape_wrapper(_linear_pointwise)
 _FORMULAS = {torch.ops.aten.native_layer_norm: _layer_norm}
 # For `set_op_handle` of mmengine's FlopAnalyzer and fvcore's FlopCountAnalysis. Adapters put them among the defaults.
 TRACED_OPS: dict[str, Callable[..., Any]] = {

@@ -163,8 +163,34 @@ def test_infinities_and_nans_stay_in_their_windows(which, dtype):
         for backend in ("reference", "cpu")
     }
     assert any(b.any() for b in bad["reference"])
-    for ours, expected in zip(bad["cpu"][:4], bad["reference"][:4], strict=True):
+    for ours, expected in zip(bad["cpu"], bad["reference"], strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place, value", [((0, 0, 4), math.nan), ((0, 0, 4), math.inf), ((0, 4, 0), -math.inf)])
+def test_biases_that_are_not_finite_stay_in_their_windows(place, value, dtype):
+    tensors, rpb, grad_out = draw(1, 5, 24, 1, 4, 3, dtype=dtype)
+    rpb = torch.zeros_like(rpb, dtype=torch.float32)
+    rpb[place] = value
+    bad = [
+        [~t.isfinite() for t in run(tensors, rpb, grad_out, kernel_size=3, backend=backend)]
+        for backend in ("reference", "cpu")
+    ]
+    assert value < 0 or bad[0][2].any()
+    for expected, ours in zip(*bad, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_bias_masks_neighbors_by_the_lowest_number(dtype, tolerance):
+    tensors, rpb, grad_out = draw(1, 5, 24, 1, 8, 3, dtype=dtype)
+    rpb = torch.zeros_like(rpb, dtype=torch.float32)
+    rpb[:, :, :3] = torch.finfo(torch.float32).min
+    exact = [t.double() for t in (*tensors, rpb, grad_out)]
+    expected = run(exact[:3], exact[3], exact[4], kernel_size=3, backend="reference")
+    assert all(t.isfinite().all() for t in expected)
+    assert_near(run(tensors, rpb, grad_out, kernel_size=3, backend="cpu"), expected, tolerance)
 
 
 # ---- layouts

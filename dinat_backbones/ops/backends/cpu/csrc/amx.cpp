@@ -179,9 +179,9 @@ inline Vec plus(Vec a, Vec b) { return a + b; }
 // The second where one is NaN. (All lanes are named because GCC warns of its own header otherwise.)
 inline Vec larger(Vec a, Vec b) { return Vec(_mm512_maskz_max_ps(__mmask16(-1), __m512(a), __m512(b))); }
 
-// 2^x for x <= 0 in some lanes, to 4e-6 of its value: 0 below -127 and for -inf, NaN for NaN. 0 in the others.
-inline Vec exp2_of_negative(Vec x, __mmask16 lanes) {
-  x = larger(splat(-127.f), x);
+// exp for x <= 0 in some lanes, to 4e-6 of its value; 0 below -88 and for -inf, NaN for NaN. 0 in the others.
+inline Vec exp_of_negative(Vec x, __mmask16 lanes) {
+  x = larger(splat(-127.f), x * splat(1.44269504f));
   const Vec shifter = splat(12582912.f + 127);
   const Vec shifted = x + shifter;
   const Vec f = x - (shifted - shifter);
@@ -315,10 +315,10 @@ struct Softmax {
   float *const bias, *const exponents;
 
   Softmax(const Na2dProblem& p, int64_t head, float* scratch)
-      : scale(p.scale * kLog2e), bias(scratch), exponents(bias + Windows<K>::kTable) {
+      : scale(p.scale), bias(scratch), exponents(bias + Windows<K>::kTable) {
     std::fill_n(bias, Windows<K>::kTable, -std::numeric_limits<float>::infinity());  // lanes that are no neighbor
     const float* const table = p.rpb ? p.rpb + head * Windows<K>::kSpan * Windows<K>::kSpan : nullptr;
-    Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table ? table[cell] * kLog2e : 0.f; });
+    Windows<K>::for_cells([&](int64_t at, int64_t cell) { bias[at] = table ? table[cell] : 0.f; });
   }
 
   // For each query calls first before(row, column), then body(query, row, column, Odd), and what that returns with (pair of rows of
@@ -350,7 +350,7 @@ struct Softmax {
       Vec sum{};
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec y = exp2_of_negative(load(from + i * L) - most, Windows<K>::lanes(i));
+        const Vec y = exp_of_negative(load(from + i * L) - most, Windows<K>::lanes(i));
         sum += y;
         finish(i, y);
       }
@@ -359,7 +359,6 @@ struct Softmax {
     store(inverse, splat(1.f) / reduce(total, plus));
   }
 
-  static constexpr float kLog2e = 1.44269504f;
 };
 
 // One left-hand tile times one right-hand tile for each chunk of dims, summed up: out[query][key].
@@ -714,7 +713,8 @@ struct Backward {
       second_fetch(r, c);
       NA2D_UNROLL(4)
       for (int i = 0; i < kPairs; ++i) {
-        const Vec weight = load(softmax.exponents + (q * kPairs + i) * L) * by;
+        const auto times = [i](Vec a, Vec b) { return Vec(_mm512_maskz_mul_ps(Windows<K>::lanes(i), __m512(a), __m512(b))); };
+        const Vec weight = times(load(softmax.exponents + (q * kPairs + i) * L), by);
         const Vec gradient = select(weight == Vec{}, Vec{}, weight * (Windows<K>::load_pair(first, i) - from));
         Weights<K>::template store_pair<decltype(odd)::value>(weight_first, i, weight);
         Weights<K>::template store_pair<decltype(odd)::value>(gradient_first, i, gradient);

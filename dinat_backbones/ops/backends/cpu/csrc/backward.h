@@ -74,6 +74,7 @@ struct Backward {
   void softmax_gradient() {
     for (int64_t v = 0; v < tile.vectors; ++v) {
       const Range& reach = tile.ranges[v];
+      const IntVec first = load(tile.columns.first + tile.begin + v * L);
       for (int64_t r = 0; r < tile.rows; ++r) {
         const Vec inverted = load(inverse + r * ld + v * L);
         const bool owned = owns(tile.row + r) && v >= own_from && v < own_to;
@@ -82,7 +83,7 @@ struct Backward {
         for (int64_t i = 0; i < tile.K; ++i) {
           int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld) {
-            const Vec weight = load(logits + at) * inverted;
+            const Vec weight = tile.in_window(reach, first, delta, load(logits + at) * inverted, Vec{});
             store(logits + at, weight);
             mean += select(weight > Vec{}, weight * load(grad_logits + at), Vec{});
           }

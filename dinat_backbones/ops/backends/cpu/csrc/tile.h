@@ -175,6 +175,13 @@ struct Tile {
     }
   }
 
+  // y in the lanes of queries whose windows, which begin at `first`, hold a relative position; `other` in those between.
+  NA2D_ALWAYS_INLINE Vec in_window(const Range& reach, IntVec first, int64_t delta, Vec y, Vec other) const {
+    if (reach.low == reach.inner_low) return y;  // all windows are the same
+    const IntVec offset = splat(int32_t(delta)) - first;
+    return select((offset >= splat(0)) & (offset < splat(int32_t(K))), y, other);
+  }
+
   // Logits to weights in place, up to the factor left in `inverse` [query row][column]; the bias is added here. With `AsPairs`,
   // each weight lies in a pair with that of the next relative position, where `combine` looks for one.
   template <bool AsPairs>
@@ -184,7 +191,7 @@ struct Tile {
     for (int64_t v = from; v < to; ++v) {
       const Range& reach = ranges[v];
       const int64_t x = begin + v * L, column = (v - from) * L;
-      const bool uniform = reach.low == reach.inner_low, whole = x + L <= end;
+      const bool whole = x + L <= end;
       const IntVec first = load(columns.first + x);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t top = start(row + r) - (row + r) + K - 1;  // bias row of the window's first row
@@ -193,9 +200,7 @@ struct Tile {
           Vec y = load(product);
           if constexpr (kPairs<T>) y = y * splat(p.scale);  // float32 queries were multiplied by it
           if (bias) y += splat(bias[delta]);
-          if (uniform) return y;
-          const IntVec offset = splat(int32_t(delta)) - first;
-          return select((offset >= splat(0)) & (offset < splat(int32_t(K))), y, nothing);
+          return in_window(reach, first, delta, y, nothing);
         };
         Vec highest = nothing;
         for (int64_t i = 0; i < K; ++i) {
@@ -212,7 +217,8 @@ struct Tile {
           const float* const bias = bias_row(i);
           Vec before{};
           for (int64_t delta = reach.low; delta <= reach.high; ++delta, s += ld) {
-            const Vec y = exp_of_negative<kPairs<T>>(logit(s, bias, delta) - highest);
+            // Not only the logit: where those of a window are NaN, its highest one is -inf.
+            const Vec y = in_window(reach, first, delta, exp_of_negative<kPairs<T>>(logit(s, bias, delta) - highest), Vec{});
             if constexpr (AsPairs) {
               if (delta > reach.low && starts_pair(reach, delta - 1)) store(s - ld, round_to_pairs(before, y));
               before = y;
