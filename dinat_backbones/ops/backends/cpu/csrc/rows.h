@@ -70,7 +70,7 @@ inline void prefetch_pixel(const T* pixel, int64_t dims) {
 template <class T>
 inline Vec load_lanes_of(const T* source, float factor) {
   if constexpr (kPairs<T>)
-    return load(reinterpret_cast<const float*>(source));
+    return load_pairs(source);
   else
     return load_as_float(source) * splat(factor);
 }

@@ -38,6 +38,7 @@ namespace na2d {
 namespace {
 
 #if !defined(NA2D_BF16_PRODUCTS)  // never called
+inline Vec load_pairs(const uint16_t*) { return Vec{}; }
 inline Vec add_pairs(Vec sum, Vec, Vec) { return sum; }
 inline Vec round_to_pairs(Vec low, Vec) { return low; }
 #endif

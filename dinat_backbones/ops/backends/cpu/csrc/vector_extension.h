@@ -46,6 +46,10 @@ inline void in_register([[maybe_unused]] Vec& v) {
 }
 
 #if defined(NA2D_BF16_PRODUCTS)
+typedef float HalfAlignedVec __attribute__((vector_size(L * 4), aligned(2), may_alias));
+
+// Pairs of neighboring elements.
+inline Vec load_pairs(const uint16_t* p) { return *reinterpret_cast<const HalfAlignedVec*>(p); }
 // Lanes of a and b are pairs: adds the products of the low halves and of the high halves.
 inline Vec add_pairs(Vec sum, Vec a, Vec b) { return Vec(_mm512_dpbf16_ps(__m512(sum), (__m512bh)(a), (__m512bh)(b))); }
 // Pairs of two vectors, rounded to nearest even.
