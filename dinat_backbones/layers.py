@@ -19,10 +19,23 @@ NormLayer = Callable[[int], nn.Module]  # called with a width
 # On a CPU without gradients, an MLP whose hidden layer takes LARGE_BYTES or more computes PIECE_BYTES of it at a time,
 # which stay in the cache: 30 % less time. Smaller ones would be slower, because each product repacks the weights.
 LARGE_BYTES, PIECE_BYTES = 32 << 20, 2 << 20
-# A linear layer of oneDNN with what follows it, as torch.compile uses it; None in builds of torch without it.
-_LINEAR_POINTWISE: Callable[..., torch.Tensor] | None = None
-if platform.machine() in ("x86_64", "AMD64"):
-    _LINEAR_POINTWISE = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def _onednn_linear() -> Callable[..., torch.Tensor] | None:
+    """The linear layer of oneDNN that torch.compile uses, which also computes what follows the layer.
+
+    It is no public part of torch: None where this build has none, or not the one that `linear` knows how to call.
+    """
+    queries = ("_len_torch_function_stack", "_len_torch_dispatch_stack", "_get_mkldnn_enabled")  # of `_can_fuse`
+    op = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if op is None or platform.machine() not in ("x86_64", "AMD64") or not all(hasattr(torch._C, q) for q in queries):
+        return None
+    arguments = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
+    found: Callable[..., torch.Tensor] = op
+    return found if str(op.default._schema) == f"mkldnn::_linear_pointwise{arguments}" else None
+
+
+_LINEAR_POINTWISE = _onednn_linear()
 _LINEAR = nn.Linear.forward, F.linear  # what it stands for, unless someone has replaced them
 
 
@@ -177,10 +190,10 @@ def linear(layer: nn.Module, x: torch.Tensor, *, gelu: bool = False) -> torch.Te
 
 
 def _can_fuse(layer: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether nothing but the result of this layer matters, and oneDNN computes it as the layer does.
+    """Whether oneDNN computes what `layer` would, and nobody watches the layer.
 
-    It checks no shapes and takes all memory for dense; hooks, replaced functions, modes and transforms are not told of
-    it.
+    oneDNN checks no shapes and takes every tensor for dense. Hooks, replaced functions, modes and transforms would not
+    see its product.
     """
     if not _plain_on_cpu(x) or type(x) is not torch.Tensor or not x.is_floating_point() or not x.numel():
         return False

@@ -25,7 +25,8 @@ namespace {
 
 constexpr int kTile = 16;                   // rows of a tile, and 32-bit lanes of one
 constexpr int kTileFloats = kTile * kTile;  // 1 KiB
-constexpr int kBlockRows = 2, kBlockColumns = 8, kHalf = 8;
+constexpr int kBlockRows = 2, kBlockColumns = 8;
+constexpr int kHalf = kTile / 2;            // keys of half a tile, and lanes for one row of a window
 constexpr int kMostKernel = 7;              // 8 windows and the gaps between them span 14 columns; half a vector holds a row of one
 constexpr int64_t kChunk = 32;              // dims of a tile
 constexpr int64_t kSmallGroup = 1024;       // positions of a group whose pixels stay in the L2 cache until it is their turn
@@ -260,11 +261,11 @@ struct Windows {
     for (int row = 0; row < K; ++row)
       for (int column = 0; column < K; ++column)
         for (int i = 0; i < K; ++i)
-          for (int j = 0; j < K; ++j) body(cell(row, column) + i * (L / 2) + j, (row + i) * kSpan + column + j);
+          for (int j = 0; j < K; ++j) body(cell(row, column) + i * kHalf + j, (row + i) * kSpan + column + j);
   }
 
   // The lanes that are neighbors in a vector of rows 2i and 2i + 1.
-  static constexpr __mmask16 lanes(int i) { return __mmask16(((1 << K) - 1) * (2 * i + 1 < K ? 1 + (1 << L / 2) : 1)); }
+  static constexpr __mmask16 lanes(int i) { return __mmask16(((1 << K) - 1) * (2 * i + 1 < K ? 1 + (1 << kHalf) : 1)); }
   // A query's window in tiles of products, and rows 2i and 2i + 1 of it; other lanes hold what lies beside the window.
   static const float* first(const float* tiles, const Block& block, const Queries& queries, int64_t q, int64_t r, int64_t c) {
     return tiles + (queries.key[r] * kTile + q) * kTile + block.offset[c];
