@@ -6,14 +6,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import linear
+from .layers import per_sample
+from .mlp import is_ordinary, linear
 from .ops import (
     neighborhood_attention_2d,
     neighborhood_attention_2d_qkvpacked,
     neighborhood_attention_2d_with_weights,
 )
 from .ops.checks import check_window
-from .ops.padding import crop, pad_to_reach
+from .ops.padding import crop, pad_projected, pad_to_reach
 
 # torch.fx, with which torchvision extracts features, records calls of what decides by sizes instead of tracing them.
 for _function in (
@@ -24,6 +25,13 @@ for _function in (
     "pad_to_reach",
 ):
     torch.fx.wrap(_function)
+
+
+def project(layer: nn.Module, x: torch.Tensor, reach: int) -> torch.Tensor:
+    """``layer(pad_to_reach(x, reach))``; a linear layer that nobody watches does not multiply the zeros."""
+    if type(layer) is nn.Linear and is_ordinary(layer, x):
+        return pad_projected(linear(layer, x), layer.bias, reach)
+    return linear(layer, pad_to_reach(x, reach))
 
 
 class _Attention2D(nn.Module):
@@ -62,6 +70,7 @@ class _Attention2D(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
 
+@per_sample
 class NeighborhoodAttention2D(_Attention2D):
     """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]`` of any height and width.
 
@@ -124,7 +133,7 @@ class NeighborhoodAttention2D(_Attention2D):
         in float32, computed in plain PyTorch.
         """
         height, width = x.shape[1], x.shape[2]
-        qkv = self._project(pad_to_reach(x, self.kernel_size * self.dilation))
+        qkv = self._project(x, self.kernel_size * self.dilation)
         settings: dict[str, Any] = dict(kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale)
         if return_attention or (self.training and self.attn_drop.p > 0):
             query, key, value = qkv if isinstance(qkv, tuple) else qkv.unbind(3)
@@ -139,10 +148,11 @@ class NeighborhoodAttention2D(_Attention2D):
         x = self.proj_drop(linear(self.proj, crop(x, height, width).contiguous().flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packed qkv ``[B, H, W, 3, heads, head_dim]``; a subclass with three projections returns three tensors."""
-        qkv: torch.Tensor = linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return qkv
+    def _project(self, x: torch.Tensor, reach: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Packed qkv ``[B, H, W, 3, heads, head_dim]`` of the map, zero-padded to `reach`; a subclass with three
+        projections returns three tensors."""
+        packed: torch.Tensor = project(self.qkv, x, reach).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return packed
 
     def extra_repr(self) -> str:
         return (
@@ -151,6 +161,7 @@ class NeighborhoodAttention2D(_Attention2D):
         )
 
 
+@per_sample
 class GlobalAttention2D(_Attention2D):
     """Multi-head self-attention over a whole map ``[B, size, size, dim]`` with a learned relative positional bias.
 

@@ -3,40 +3,29 @@
 Module names are those of the published checkpoints.
 """
 
-import platform
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from .ops import autocast, transforms
+from .mlp import Mlp, plain, watched
 
 NormLayer = Callable[[int], nn.Module]  # called with a width
+Module = TypeVar("Module", bound=type[nn.Module])
 
-# On a CPU without gradients, an MLP whose hidden layer takes LARGE_BYTES or more computes PIECE_BYTES of it at a time,
-# which stay in the cache: 30 % less time. Smaller ones would be slower, because each product repacks the weights.
-LARGE_BYTES, PIECE_BYTES = 32 << 20, 2 << 20
-
-
-def _onednn_linear() -> Callable[..., torch.Tensor] | None:
-    """The linear layer of oneDNN that torch.compile uses, which also computes what follows the layer.
-
-    It is no public part of torch: None where this build has none, or not the one that `linear` knows how to call.
-    """
-    queries = ("_len_torch_function_stack", "_len_torch_dispatch_stack", "_get_mkldnn_enabled")  # of `_can_fuse`
-    op = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if op is None or platform.machine() not in ("x86_64", "AMD64") or not all(hasattr(torch._C, q) for q in queries):
-        return None
-    arguments = "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
-    found: Callable[..., torch.Tensor] = op
-    return found if str(op.default._schema) == f"mkldnn::_linear_pointwise{arguments}" else None
+_PER_SAMPLE: set[type[nn.Module]] = {nn.LayerNorm, nn.Linear, nn.Dropout, nn.Identity, nn.GELU}
 
 
-_LINEAR_POINTWISE = _onednn_linear()
-_LINEAR = nn.Linear.forward, F.linear  # what it stands for, unless someone has replaced them
+def per_sample(module: Module) -> Module:
+    """Marks a class of modules, not its subclasses: what it computes for a sample does not depend on the others."""
+    _PER_SAMPLE.add(module)
+    return module
+
+
+per_sample(Mlp)
 
 
 def check_images(x: torch.Tensor, channels: int | None) -> None:
@@ -133,6 +122,7 @@ class PatchMerging(nn.Module):
         return x
 
 
+@per_sample
 class DropPath(nn.Module):
     """Stochastic depth of ``[B, H, W, C]``: in training, a sample's residual branch is dropped with probability `p`,
     else scaled up."""
@@ -142,109 +132,30 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0:
-            return x
-        keep = 1 - self.p
-        return x * (x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep) / keep)
+        return x if not self.active else x * (self._draw(x) / (1 - self.p))
+
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything."""
+        return self.training and self.p > 0
+
+    def _draw(self, x: torch.Tensor) -> torch.Tensor:
+        """1 for samples that keep their branch, 0 for those that drop it, ``[B, 1, 1, 1]``."""
+        return x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(1 - self.p)
+
+    def add(self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``x + self(branch(x))``, for which `branch` sees only the samples that keep it."""
+        kept, scale = self._draw(x).flatten().nonzero().flatten(), 1 / (1 - self.p)
+        if len(kept) == len(x):
+            return torch.add(x, branch(x), alpha=scale)
+        if not len(kept):  # parameters get gradients of zero, without which optimizers and DDP would miss them
+            kept, scale = kept.new_zeros(1), 0.0
+        out = branch(x.index_select(0, kept))
+        dtype = torch.result_type(x, out)
+        return x.to(dtype).index_add(0, kept, out.to(dtype), alpha=scale)
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3f}"
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, linear, each linear layer followed by dropout; ``[..., dim]`` to the same shape."""
-
-    def __init__(self, dim: int, hidden: int, drop: float):
-        super().__init__()
-        self.hidden = hidden
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and large_on_cpu(x, self.hidden) and can_run_in_pieces(self.fc1, self.fc2, self.drop):
-            return in_pieces(self._forward, x, self.hidden)
-        return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop(linear(self.fc1, x, gelu=True))
-        x = self.drop(linear(self.fc2, x))
-        return x
-
-
-def linear(layer: nn.Module, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
-    """``layer(x)``, and GELU of it if wanted; ``[..., C]`` to ``[..., D]``.
-
-    For inference on a CPU, oneDNN adds the bias and computes GELU while a product is in the cache; torch copies the
-    bias into the output first, and makes GELU another pass.
-    """
-    if _LINEAR_POINTWISE is not None and type(layer) is nn.Linear and _can_fuse(layer, x):
-        tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
-        if autocast.enabled("cpu"):
-            tensors = [autocast.cast(tensor) for tensor in tensors]
-        if _has_products({tensor.dtype for tensor in tensors}):
-            weight, bias = tensors[1], None if layer.bias is None else tensors[2]
-            return _LINEAR_POINTWISE(tensors[0], weight, bias, "gelu" if gelu else "none", [], "none")
-    x = layer(x)
-    return F.gelu(x) if gelu else x
-
-
-def _can_fuse(layer: nn.Linear, x: torch.Tensor) -> bool:
-    """Whether oneDNN computes what `layer` would, and nobody watches the layer.
-
-    oneDNN checks no shapes and takes every tensor for dense. Hooks, replaced functions, modes and transforms would not
-    see its product.
-    """
-    if not _plain_on_cpu(x) or type(x) is not torch.Tensor or not x.is_floating_point() or not x.numel():
-        return False
-    weight, bias = layer.weight, layer.bias
-    parameters = [weight] if bias is None else [weight, bias]
-    if any(type(tensor) is not nn.Parameter or tensor.device.type != "cpu" for tensor in parameters):
-        return False
-    if any(tensor.layout != torch.strided for tensor in (x, *parameters)) or x.shape[-1:] != weight.shape[1:]:
-        return False
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_contiguous()):
-        return False
-    watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack() or transforms.active()
-    replaced = "forward" in layer.__dict__ or (nn.Linear.forward, F.linear) != _LINEAR
-    return not watched and not replaced and can_run_in_pieces(layer) and torch._C._get_mkldnn_enabled()
-
-
-def _has_products(dtypes: set[torch.dtype]) -> bool:
-    """Whether oneDNN multiplies tensors of these dtypes on this CPU."""
-    if dtypes == {torch.bfloat16}:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return dtypes == {torch.float32}
-
-
-def _plain_on_cpu(x: torch.Tensor) -> bool:
-    """Whether this is inference on a CPU, and not being recorded."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
-    return not traced and not torch.is_grad_enabled() and x.device.type == "cpu"
-
-
-def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
-    """Whether an MLP with `hidden` channels on ``[..., C]`` is worth computing in pieces."""
-    return _plain_on_cpu(x) and x.numel() // x.shape[-1] * hidden * x.element_size() >= LARGE_BYTES
-
-
-def can_run_in_pieces(*modules: nn.Module, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Dropout)) -> bool:
-    """Whether these modules can be called on pieces of a map: all are of exactly these types and have no hooks.
-
-    Others (a quantized layer, an adapter of PEFT) may depend on the whole map.
-    """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
-        return False
-    return all(
-        type(module) in types and not module._forward_hooks and not module._forward_pre_hooks for module in modules
-    )
-
-
-def in_pieces(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
-    """``mlp(x)`` for `x` of shape ``[..., C]``, computed for some pixels at a time."""
-    pixels = max(1, PIECE_BYTES // (hidden * x.element_size()))
-    pieces = x.flatten(0, -2).split(pixels)
-    return torch.cat([mlp(piece) for piece in pieces]).view(x.shape)
 
 
 class Block(nn.Module):
@@ -285,13 +196,38 @@ class Block(nn.Module):
             self.register_parameter(name, gamma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
-        x = x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
+        x = self._add(x, self.norm1, self.attn, self.gamma1)
+        x = self._add(x, self.norm2, self.mlp, self.gamma2)
         return x
 
-    def _branch(self, x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
-        x = self.drop_path(x if gamma is None else gamma * x)
-        return x
+    def _add(
+        self,
+        x: torch.Tensor,
+        norm: nn.Module,
+        layer: Callable[[torch.Tensor], torch.Tensor],
+        gamma: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x` plus a residual branch."""
+
+        def branch(x: torch.Tensor) -> torch.Tensor:
+            return self._scaled(layer(norm(x)), gamma)
+
+        return self.drop_path.add(x, branch) if self._can_skip(x) else x + self.drop_path(branch(x))
+
+    @staticmethod
+    def _scaled(x: torch.Tensor, gamma: torch.Tensor | None) -> torch.Tensor:
+        return x if gamma is None else gamma * x
+
+    def _can_skip(self, x: torch.Tensor) -> bool:
+        """Whether branches need not be computed for the samples that drop them: where nobody can tell.
+
+        A GPU would have to wait until the host knows which samples these are.
+        """
+        drop_path = self.drop_path
+        if type(drop_path) is not DropPath or not drop_path.active or watched(x):
+            return False
+        inside = list(self.modules())[1:]
+        return x.device.type == "cpu" and len(x) > 1 and plain(*inside, types=_PER_SAMPLE)
 
 
 class Stage(nn.Module):

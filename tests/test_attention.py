@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinat_backbones import NeighborhoodAttention2D
 from dinat_backbones.ops.backends import reference
+from dinat_backbones.ops.padding import pad_projected
 from helpers import EVERYWHERE, assert_near
 
 
@@ -45,10 +46,43 @@ def test_small_maps_attend_to_the_padding(height, width, backend):
         assert torch.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("height, width", [(1, 1), (5, 20), (20, 5), (6, 7), (8, 8)])
+def test_padding_after_the_projection(height, width, bias):
+    """As of the zero-padded map, with all derivatives."""
+    layer = torch.nn.Linear(3, 6, bias=bias).double()
+    x = torch.randn(2, height, width, 3, dtype=torch.float64, requires_grad=True)
+
+    def padded(*_):
+        return pad_projected(layer(x), layer.bias, 8)
+
+    inputs = (x, *layer.parameters())
+    expected = layer(F.pad(x, (0, 0, 0, max(0, 8 - width), 0, max(0, 8 - height))))
+    assert_near([padded()], [expected], 1e-12)
+    grad = torch.randn_like(expected)
+    assert_near(torch.autograd.grad(padded(), inputs, grad), torch.autograd.grad(expected, inputs, grad), 1e-12)
+    assert torch.autograd.gradgradcheck(padded, inputs)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_padding_is_not_projected(gradients):
+    attention, x = module(kernel_size=7, dilation=3), torch.randn(2, 10, 30, 16)
+    padded, projected = [], []
+    for hooked in (False, True):
+        if hooked:
+            attention.qkv.register_forward_hook(lambda module, inputs, out: padded.append(tuple(out.shape)))
+        with torch.set_grad_enabled(gradients), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
+            attention(x)
+        shapes = [event.input_shapes for event in run.key_averages(group_by_input_shape=True)]
+        projected.append(any([2 * 21 * 30, 16] in sizes or [2, 21, 30, 16] in sizes for sizes in shapes))
+    assert padded == [(2, 21, 30, 48)]  # who watches sees the padded map
+    assert projected == [False, True]
+
+
 def test_a_cropped_map_is_projected_in_one_product():
     # of a map that is not contiguous, torch multiplies each row by a copy of the weight
     layer = NeighborhoodAttention2D(16, 2, kernel_size=5, dilation=3).eval()
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:  # with gradients: see layers.linear
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:  # with gradients: see mlp.linear
         layer(torch.randn(1, 9, 10, 16))
     called = {event.key: event.count for event in recorded.key_averages()}
     assert called["aten::addmm"] == 2 and "aten::bmm" not in called, called  # qkv and proj

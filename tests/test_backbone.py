@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinat_backbones import NAT, DiNAT, DiNAT_s, layers, zoo
+from dinat_backbones import NAT, DiNAT, DiNAT_s, NeighborhoodAttention2D, layers, mlp, zoo
 from helpers import EVERYWHERE, GOLDEN, PUBLISHED, assert_near, fill_by_name, load_golden, published_state
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
@@ -91,8 +91,8 @@ def test_inference_in_pieces_changes_nothing(monkeypatch):
     whole = [out.detach() for out in model(image)]  # gradients are on
     # single pixels; a last piece of another size; no pieces
     for large, size in ((0, 1), (0, 5000), (1 << 40, 1)):
-        monkeypatch.setattr(layers, "LARGE_BYTES", large)
-        monkeypatch.setattr(layers, "PIECE_BYTES", size)
+        monkeypatch.setattr(mlp, "LARGE_BYTES", large)
+        monkeypatch.setattr(mlp, "PIECE_BYTES", size)
         with torch.no_grad():
             assert_near(model(image), whole)
 
@@ -101,8 +101,8 @@ def test_inference_in_pieces_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("pieces", [True, False])
 def test_hooks_see_every_map_once_and_keep_it(monkeypatch, gradients, pieces):
     """Inputs and outputs of each module of a block, `[B, H, W, C]`, as they were after the call that made them."""
-    monkeypatch.setattr(layers, "LARGE_BYTES", 0 if pieces else 1 << 40)
-    monkeypatch.setattr(layers, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(mlp, "LARGE_BYTES", 0 if pieces else 1 << 40)
+    monkeypatch.setattr(mlp, "PIECE_BYTES", 1000)
     model, kept = DiNAT(**SMALL, layer_scale=0.5).eval(), []
     names = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("norm1", "attn", "norm2", "mlp")}
 
@@ -122,46 +122,6 @@ def test_hooks_see_every_map_once_and_keep_it(monkeypatch, gradients, pieces):
         assert [tuple(tensor.shape) for tensor in tensors] == [(2, 5, 7, 32)] * 2, name
         assert all(map(torch.equal, tensors, copies)), name
     assert all(out.isfinite().all() for out in outs)
-
-
-@pytest.mark.parametrize("gradients", [True, False])
-def test_hooked_or_replaced_layers_of_the_mlp_see_whole_maps(monkeypatch, gradients):
-    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
-    monkeypatch.setattr(layers, "PIECE_BYTES", 1)
-    x, shapes = torch.randn(2, 5, 7, 16), []
-
-    def hook(module, inputs, *output):
-        shapes.append(tuple(inputs[0].shape))
-
-    class Recorder(torch.nn.Linear):
-        def forward(self, x):
-            shapes.append(tuple(x.shape))
-            return super().forward(x)
-
-    def replace(mlp):
-        mlp.fc1 = Recorder(16, 32)
-
-    watch = [
-        (lambda mlp: mlp.fc1.register_forward_hook(hook), [(2, 5, 7, 16)]),
-        (lambda mlp: mlp.fc2.register_forward_pre_hook(hook), [(2, 5, 7, 32)]),
-        (lambda mlp: mlp.drop.register_forward_hook(hook), [(2, 5, 7, 32), (2, 5, 7, 16)]),
-        (replace, [(2, 5, 7, 16)]),
-    ]
-    for start, expected in watch:
-        mlp = layers.Mlp(16, 32, drop=0.0).eval()
-        start(mlp)
-        with torch.set_grad_enabled(gradients):
-            assert mlp(x).shape == x.shape
-        assert shapes == expected
-        shapes.clear()
-    mlp = layers.Mlp(16, 32, drop=0.0).eval()
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)  # of all modules
-    try:
-        with torch.set_grad_enabled(gradients):
-            mlp(x)
-    finally:
-        handle.remove()
-    assert set(shapes) == {(2, 5, 7, 16), (2, 5, 7, 32)}
 
 
 @pytest.mark.parametrize("family", ["DiNAT", "DiNAT_s"])
@@ -261,6 +221,101 @@ def test_stochastic_depth_drops_samples_and_keeps_the_mean():
     kept = out[:, 0, 0, 0] != 0
     assert torch.equal(out, kept[:, None, None, None] / 0.75 * torch.ones(4000, 2, 3, 1))
     assert abs(kept.float().mean() - 0.75) < 0.03
+
+
+class SeesBatches(torch.nn.LayerNorm):
+    """A layer of another type, which might depend on the whole batch."""
+
+    batches: list = []
+
+    def forward(self, x):
+        self.batches.append(len(x))
+        return super().forward(x)
+
+
+def training_step(model, x, seed):
+    """Outputs, the gradient of the images and those of all parameters."""
+    torch.manual_seed(seed)
+    outs = model(x)
+    loss = sum(out.square().mean() for out in outs)
+    return [*outs, *torch.autograd.grad(loss, [x, *model.parameters()])]
+
+
+@pytest.mark.parametrize("p, batch", [(0.5, 4), (0.9, 2), (0.1, 3)])
+@pytest.mark.parametrize("with_cp", [False, True])
+def test_dropped_samples_cost_nothing(monkeypatch, p, batch, with_cp):
+    """The same random numbers give the same results, whether branches are computed for all samples or not."""
+    model = fill_by_name(DiNAT(**SMALL, layer_scale=0.5, with_cp=with_cp)).train()
+    for stage in model.levels:
+        for block in stage.blocks:
+            block.drop_path.p = p
+    x, seen, linear_of_gelu = torch.randn(batch, 3, 40, 36, requires_grad=True), [], mlp.linear_of_gelu
+
+    def counted(layer, hidden):
+        seen.append(len(hidden))
+        return linear_of_gelu(layer, hidden)
+
+    monkeypatch.setattr(mlp, "linear_of_gelu", counted)
+    skipping = [training_step(model, x, seed) for seed in range(6)]
+    assert 1 <= min(seen) < batch
+    monkeypatch.setattr(layers.Block, "_can_skip", lambda self, x: False)
+    seen.clear()
+    for seed, got in enumerate(skipping):
+        assert_near(got, training_step(model, x, seed), 2e-5)
+    assert set(seen) == {batch}
+
+
+def test_a_branch_that_all_samples_drop_has_gradients_of_zero():
+    """None would stop the optimizer's momentum and weight decay, and DistributedDataParallel would wait for it."""
+    model, x = DiNAT(**SMALL).train(), torch.randn(2, 3, 40, 36)
+    block = model.levels[0].blocks[0]
+    block.drop_path.p = 1 - 1e-9
+    sum(out.square().mean() for out in model(x)).backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in block.parameters())
+    assert model.levels[0].downsample.reduction.weight.grad.abs().sum() > 0
+
+
+def test_who_watches_a_block_sees_whole_batches():
+    x, seen = torch.randn(3, 20, 20, 16), []
+    options = dict(dim=16, mlp_ratio=2.0, drop=0.0, drop_path=0.5, layer_scale=None)
+
+    def block(norm=torch.nn.LayerNorm):
+        return layers.Block(norm_layer=norm, attention=NeighborhoodAttention2D(16, 2, 3), **options).train()
+
+    def hook(module, inputs, *_):
+        seen.append(len(inputs[0]))
+
+    hooked = block()
+    hooked.mlp.fc1.register_forward_hook(hook)
+    backward_hooked = block()
+    backward_hooked.norm2.register_full_backward_hook(lambda module, _, grad: seen.append(len(grad[0])))
+    replaced = block()
+    inner = replaced.attn.forward
+    replaced.attn.forward = lambda x: (seen.append(len(x)), inner(x))[1]
+    SeesBatches.batches = seen
+    for module, calls in ((hooked, 1), (backward_hooked, 1), (replaced, 1), (block(SeesBatches), 2)):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            module(x.clone().requires_grad_()).sum().backward()
+        assert seen == [3] * 4 * calls
+        seen.clear()
+    counter = FlopCounterMode(display=False)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with counter:
+            block()(x)
+        seen.append(counter.get_total_flops())
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_skipping_keeps_dtypes(dtype):
+    model = DiNAT(**SMALL | dict(drop_path_rate=0.5)).train().to(dtype)
+    assert {out.dtype for out in model(torch.randn(4, 3, 40, 36, dtype=dtype))} == {dtype}
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = DiNAT(**SMALL).train()(torch.randn(4, 3, 40, 36))
+        assert [out.dtype for out in model(torch.randn(4, 3, 40, 36))] == [out.dtype for out in whole]
 
 
 def test_layer_scale():
@@ -378,114 +433,3 @@ def test_training_under_autocast_stays_finite(dtype):
         losses.append(loss.item())
     assert np.isfinite(losses).all()
     assert np.mean(losses[-10:]) < 0.2 * np.mean(losses[:10])
-
-
-# ---- linear layers of inference on a CPU
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Calls of oneDNN's linear layer: what follows each."""
-    if layers._LINEAR_POINTWISE is None:
-        pytest.skip("this machine or build of torch has no linear layer of oneDNN")
-    calls, function = [], layers._LINEAR_POINTWISE
-
-    def counted(x, weight, bias, after, *others):
-        calls.append(after)
-        return function(x, weight, bias, after, *others)
-
-    monkeypatch.setattr(layers, "_LINEAR_POINTWISE", counted)
-    return calls
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gelu", [True, False])
-@pytest.mark.parametrize("shape", [(2, 5, 7, 24), (1, 24), (3, 24)])
-def test_fused_linear(fused, shape, gelu, bias):
-    layer, x = torch.nn.Linear(24, 40, bias=bias), 2 * torch.randn(shape)
-    expected = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
-    expected = torch.nn.functional.gelu(expected) if gelu else expected
-    with torch.no_grad():
-        assert_near([layers.linear(layer, x, gelu=gelu)], [expected], 1e-6)
-        assert fused == ["gelu" if gelu else "none"]
-        assert_near(
-            [layers.linear(layer, x.transpose(0, -2).contiguous().transpose(0, -2), gelu=gelu)], [expected], 1e-6
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            half = layers.linear(layer, x, gelu=gelu)
-        assert half.dtype == torch.bfloat16
-        assert_near([half], [expected], 1e-2)
-    assert not layers.linear(layer, x[:0], gelu=gelu).numel()
-
-
-def test_model_fuses_all_its_linear_layers(fused):
-    model, image = DiNAT(**SMALL).eval(), torch.randn(1, 3, 40, 50)
-    expected = [out.detach() for out in model(image)]
-    assert not fused  # gradients are on
-    with torch.inference_mode():
-        assert_near(model(image), expected)
-    blocks = sum(SMALL["depths"])
-    assert sorted(fused) == sorted(["none", "none", "gelu", "none"] * blocks)
-
-
-def test_what_watches_a_linear_layer_is_not_passed_over(fused):
-    layer, x, seen = torch.nn.Linear(8, 8), torch.randn(4, 8), []
-
-    class Other(torch.nn.Linear):
-        pass
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(8, 8)
-
-        def forward(self, x):
-            return layers.linear(self.layer, x, gelu=True)
-
-    with torch.no_grad():
-        handle = layer.register_forward_hook(lambda *call: seen.append(call))
-        layers.linear(layer, x)
-        handle.remove()
-        layers.linear(Other(8, 8), x)
-        layers.linear(layer.double(), x.double())
-        torch.vmap(lambda row: layers.linear(layer, row))(x.double())
-        torch.func.jvp(lambda row: layers.linear(layer, row), (x.double(),), (x.double(),))
-        assert "gelu" in str(torch.jit.trace(Net(), x, check_trace=False).graph)
-        assert "gelu" in torch.fx.symbolic_trace(Net()).code
-    layers.linear(layer.float(), x).sum().backward()
-    assert len(seen) == 1 and layer.weight.grad is not None
-    assert not fused
-
-
-def test_what_onednn_would_not_check_goes_to_torch(fused, monkeypatch):
-    layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
-    strided, expanded, scalar, meta = (torch.nn.Linear(8, 8) for _ in range(4))
-    strided.bias = torch.nn.Parameter(torch.randn(16)[::2])
-    expanded.bias = torch.nn.Parameter(torch.randn(1).expand(8))
-    scalar.bias = torch.nn.Parameter(torch.randn(1))
-    with torch.no_grad():
-        for module in (strided, expanded, scalar):
-            assert torch.equal(layers.linear(module, x), module(x))
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            layers.linear(layer, x[:, :7])
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            layers.linear(meta.to("meta"), x)
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
-            layers.linear(layer, x.long())
-        with torch.backends.mkldnn.flags(enabled=False):
-            layers.linear(layer, x)
-        with torch.device("cpu"):  # a mode that sees functions of torch
-            layers.linear(layer, x)
-        monkeypatch.setattr(layer, "forward", lambda x: "replaced", raising=False)
-        assert layers.linear(layer, x) == "replaced"
-    assert not fused
-
-
-def test_counters_of_flops_see_fused_layers():
-    model, image = DiNAT(**SMALL).eval(), torch.randn(1, 3, 40, 50)
-    counts = []
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counter:
-            model(image)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0

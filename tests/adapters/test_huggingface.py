@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dinat_backbones
-from dinat_backbones import NAT, DiNAT, layers
+from dinat_backbones import NAT, DiNAT, mlp
 from dinat_backbones.checkpoint import convert, load_backbone, read
 from dinat_backbones.checkpoint.huggingface import split_prefix, to_huggingface
 from helpers import assert_near, fill_by_name, load_golden, run_tool
@@ -385,8 +385,8 @@ def test_replaced_and_hooked_projections_are_heard():
 def test_large_maps_are_computed_in_pieces_that_nobody_sees(monkeypatch, hooked):
     model, x, shapes = model_of("DinatModel"), image(2, 3, 64, 60), []
     expected = model(x).last_hidden_state.detach()  # gradients are on: in one piece
-    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
-    monkeypatch.setattr(layers, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(mlp, "LARGE_BYTES", 0)
+    monkeypatch.setattr(mlp, "PIECE_BYTES", 1000)
     layer = model.encoder.levels[0].layers[0]
     watched = [layer.layernorm_after]
     if hooked:

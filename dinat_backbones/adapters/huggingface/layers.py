@@ -12,18 +12,10 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...attention import NeighborhoodAttention2D
+from ...attention import NeighborhoodAttention2D, project
 from ...backbone import BackboneBase
-from ...layers import (
-    Block,
-    ConvDownsampler,
-    ConvTokenizer,
-    Stage,
-    can_run_in_pieces,
-    drop_path_rates,
-    in_pieces,
-    large_on_cpu,
-)
+from ...layers import Block, ConvDownsampler, ConvTokenizer, Stage, drop_path_rates, per_sample
+from ...mlp import in_pieces, large_on_cpu, plain
 from .configuration import NatConfig
 
 
@@ -76,6 +68,7 @@ class NatEmbeddings(nn.Module):
         return self.dropout(self.norm(self.patch_embeddings(pixel_values)))
 
 
+@per_sample
 class NatSelfAttention(NeighborhoodAttention2D):
     """The attention with three projections, and without the last one."""
 
@@ -87,11 +80,12 @@ class NatSelfAttention(NeighborhoodAttention2D):
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=config.qkv_bias) for _ in range(3))
         self.proj = nn.Identity()  # type: ignore[assignment]  # `NatAttention` has it
 
-    def _project(self, x):
-        heads = (self.num_heads, self.head_dim)
-        return tuple(projection(x).unflatten(-1, heads) for projection in (self.query, self.key, self.value))
+    def _project(self, x, reach):
+        heads, layers = (self.num_heads, self.head_dim), (self.query, self.key, self.value)
+        return tuple(project(layer, x, reach).unflatten(-1, heads) for layer in layers)
 
 
+@per_sample
 class NatOutput(nn.Module):
     """Linear and dropout, the end of both branches of a layer."""
 
@@ -104,6 +98,7 @@ class NatOutput(nn.Module):
         return self.dropout(self.dense(x))
 
 
+@per_sample
 class NatAttention(nn.Module):
     """Attention and its last projection; see `NeighborhoodAttention2D` for `return_attention`."""
 
@@ -119,6 +114,7 @@ class NatAttention(nn.Module):
         return self.output(x), attention
 
 
+@per_sample
 class NatIntermediate(nn.Module):
     """Linear and activation, the beginning of the MLP."""
 
@@ -129,6 +125,9 @@ class NatIntermediate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activation(self.dense(x))
+
+
+per_sample(type(ACT2FN["gelu"]))
 
 
 class NatLayer(GradientCheckpointingLayer, Block):
@@ -158,7 +157,7 @@ class NatLayer(GradientCheckpointingLayer, Block):
         if not self.training and large_on_cpu(x, self.hidden):
             modules = (*self.intermediate.modules(), *self.output.modules())
             types = (NatIntermediate, NatOutput, nn.Linear, nn.Dropout, type(ACT2FN["gelu"]))
-            if can_run_in_pieces(*modules, types=types):
+            if plain(*modules, types=types):
                 return in_pieces(self._mlp, x, self.hidden)
         return self._mlp(x)
 
@@ -169,8 +168,8 @@ class NatLayer(GradientCheckpointingLayer, Block):
         if not output_attentions:
             return super().forward(x)
         attended, attention = self.attention(self.layernorm_before(x), return_attention=True)
-        x = x + self._branch(attended, self.gamma1)
-        x = x + self._branch(self.mlp(self.layernorm_after(x)), self.gamma2)
+        x = x + self.drop_path(self._scaled(attended, self.gamma1))
+        x = self._add(x, self.layernorm_after, self.mlp, self.gamma2)
         return x, attention.permute(0, 3, 1, 2, 4, 5).flatten(4)
 
 
