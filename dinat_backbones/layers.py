@@ -212,6 +212,11 @@ class Block(nn.Module):
         def branch(x: torch.Tensor) -> torch.Tensor:
             return self._scaled(layer(norm(x)), gamma)
 
+        if torch.compiler.is_dynamo_compiling():
+            # Inductor takes any four-dimensional tensor on the way to a convolution for [B, C, H, W] that should be
+            # channels_last, and would store a map with large strides between channels: sums have three dimensions.
+            size, flat = x.shape[1:3], x.flatten(1, 2)
+            return (flat + self.drop_path(branch(flat.unflatten(1, size))).flatten(1, 2)).unflatten(1, size)
         return self.drop_path.add(x, branch) if self._can_skip(x) else x + self.drop_path(branch(x))
 
     @staticmethod
