@@ -26,6 +26,7 @@ from .layers import (
     Stage,
     drop_path_rates,
     init_linear,
+    normed,
 )
 
 _OUTPUT_NORM = re.compile(r"norm(\d+)\.")
@@ -140,7 +141,7 @@ class BackboneBase(nn.Module):
         outs = {}
         for i, features in enumerate(self.stage_maps(x)):
             if i in self.out_indices:
-                outs[i] = getattr(self, f"norm{i}")(features).permute(0, 3, 1, 2).contiguous()
+                outs[i] = normed(getattr(self, f"norm{i}"), features).permute(0, 3, 1, 2).contiguous()
         return tuple(outs[i] for i in self.out_indices)
 
     def stage_maps(self, x: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from . import zoo
 from .backbone import NAT, DiNAT, DiNAT_s
 from .checkpoint import load_classifier
 from .isotropic import Isotropic
-from .layers import NormLayer, init_linear
+from .layers import NormLayer, init_linear, normed
 
 
 class Classifier(nn.Module):
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         """Images to the last map after the norm, ``[B, num_features, H / stride, W / stride]`` rounded up."""
         for features in self.stage_maps(x):
             x = features
-        return self.norm(x).permute(0, 3, 1, 2)
+        return normed(self.norm, x).permute(0, 3, 1, 2)
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """What `forward_features` returned to logits ``[B, num_classes]``, or with `pre_logits` (or without a head) to

@@ -51,6 +51,19 @@ def check_images(x: torch.Tensor, channels: int | None) -> None:
 torch.fx.wrap("check_images")  # a call in traced graphs: they have no sizes to decide by
 
 
+def normed(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``norm(x)`` of a map ``[B, H, W, C]``.
+
+    Inductor takes any four-dimensional tensor on the way to a convolution for ``[B, C, H, W]`` that should be
+    channels_last, and would store a map with large strides between channels. In graphs of torch.compile, layer norms
+    and sums are therefore computed on ``[B, H * W, C]``.
+    """
+    if torch.compiler.is_dynamo_compiling() and type(norm) is nn.LayerNorm:
+        out: torch.Tensor = norm(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+        return out
+    return norm(x)
+
+
 class ConvTokenizer(nn.Module):
     """Two 3x3 stride-2 convolutions and a norm: ``[B, in_chans, H, W]`` to ``[B, ceil(H/4), ceil(W/4), embed_dim]``."""
 
@@ -66,7 +79,7 @@ class ConvTokenizer(nn.Module):
         check_images(x, getattr(self.proj[0], "in_channels", None))
         # channels_last makes the permutation below a view of contiguous memory
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        x = self.norm(x.permute(0, 2, 3, 1))
+        x = normed(self.norm, x.permute(0, 2, 3, 1))
         return x
 
 
@@ -79,13 +92,14 @@ class ConvDownsampler(nn.Module):
         self.norm = norm_layer(2 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
         if torch.compiler.is_dynamo_compiling():
             # Inductor saves the convolution's input for the backward pass, and fails to order the strides of a saved
             # view if they are open. A product is no view, and costs nothing: it is fused into what computes `x`.
-            # `clone` would not do, since Inductor removes it.
-            x = x * 1
-        x = self.norm(self.reduction(x).permute(0, 2, 3, 1))
+            # `clone` would not do, since Inductor removes it. For the three dimensions in between see `normed`.
+            x = x.flatten(1, 2).mT.unflatten(2, x.shape[1:3]) * 1
+        else:
+            x = x.permute(0, 3, 1, 2)
+        x = normed(self.norm, self.reduction(x).permute(0, 2, 3, 1))
         return x
 
 
@@ -102,7 +116,7 @@ class PatchEmbed(nn.Module):
         check_images(x, getattr(self.proj, "in_channels", None))
         x = F.pad(x, (0, -x.shape[3] % self.patch_size, 0, -x.shape[2] % self.patch_size))
         x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        x = self.norm(x.permute(0, 2, 3, 1))
+        x = normed(self.norm, x.permute(0, 2, 3, 1))
         return x
 
 
@@ -203,20 +217,20 @@ class Block(nn.Module):
     def _add(
         self,
         x: torch.Tensor,
-        norm: nn.Module,
+        norm: Callable[[torch.Tensor], torch.Tensor],
         layer: Callable[[torch.Tensor], torch.Tensor],
         gamma: torch.Tensor | None,
     ) -> torch.Tensor:
         """`x` plus a residual branch."""
 
         def branch(x: torch.Tensor) -> torch.Tensor:
-            return self._scaled(layer(norm(x)), gamma)
+            return self._scaled(layer(normed(norm, x)), gamma)
 
-        if torch.compiler.is_dynamo_compiling():
-            # Inductor takes any four-dimensional tensor on the way to a convolution for [B, C, H, W] that should be
-            # channels_last, and would store a map with large strides between channels: sums have three dimensions.
+        if torch.compiler.is_dynamo_compiling():  # see `normed`
             size, flat = x.shape[1:3], x.flatten(1, 2)
-            return (flat + self.drop_path(branch(flat.unflatten(1, size))).flatten(1, 2)).unflatten(1, size)
+            flat = flat + self.drop_path(branch(flat.unflatten(1, size))).flatten(1, 2)
+            out: torch.Tensor = flat.unflatten(1, size)
+            return out
         return self.drop_path.add(x, branch) if self._can_skip(x) else x + self.drop_path(branch(x))
 
     @staticmethod

@@ -1,5 +1,7 @@
 """The backbones against the original code's outputs and gradients (golden arrays), and their behaviour as backbones."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -369,6 +371,27 @@ def test_inductor_trains_convolutions_at_open_sizes():
             out = function(x)
             results.append([out, *torch.autograd.grad(out.exp().mean(), tuple(model.parameters()))])
         assert_near(*results)
+
+
+def test_inductor_keeps_the_channels_of_a_pixel_together():
+    """It would store maps with a stride of H between channels, because a convolution follows, and be slow."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    model = fill_by_name(DiNAT(**SMALL | dict(depths=[2, 1]), dilations=[[1, 2], [1]])).train()
+    compiled, x = torch.compile(model), torch.randn(2, 3, 44, 60)
+
+    def step(model):
+        outs = model(x)
+        return [*outs, *torch.autograd.grad(sum(out.square().mean() for out in outs), tuple(model.parameters()))]
+
+    results, code = run_and_get_code(step, compiled)
+    assert_near(results, step(model), 1e-4)
+    numbers = r"(\d+), (\d+), (\d+), (\d+)"
+    buffers = re.findall(rf"empty_strided_cpu\(\({numbers}\), \({numbers}\)", "\n".join(code))
+    maps = [buffer for buffer in buffers if buffer[3] in ("16", "32")]  # [B, H, W, C]
+    assert all(buffer[7] == "1" for buffer in maps), maps
+    assert "empty_strided_cpu((2, 165, 16), (2640, 16, 1)" in "\n".join(code)  # a map of 11 x 15
 
 
 def test_bfloat16_autocast():

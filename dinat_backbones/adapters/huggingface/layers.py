@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...attention import NeighborhoodAttention2D, project
 from ...backbone import BackboneBase
-from ...layers import Block, ConvDownsampler, ConvTokenizer, Stage, drop_path_rates, per_sample
+from ...layers import Block, ConvDownsampler, ConvTokenizer, Stage, drop_path_rates, normed, per_sample
 from ...mlp import in_pieces, large_on_cpu, plain
 from .configuration import NatConfig
 
@@ -65,7 +65,7 @@ class NatEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.norm(self.patch_embeddings(pixel_values)))
+        return self.dropout(normed(self.norm, self.patch_embeddings(pixel_values)))
 
 
 @per_sample

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from ...checkpoint.fitting import RGB, adapt_image_channels
+from ...layers import normed
 from .configuration import DinatConfig, NatConfig
 from .layers import NatEmbeddings, NatEncoder, NatLayer, NatSelfAttention
 
@@ -152,7 +153,7 @@ class NatModel(NatPreTrainedModel):
         if pixel_values is None:
             raise ValueError("pixel_values are missing; expected images [B, num_channels, H, W]")
         states, _, weights = self.encoder(self.embeddings(pixel_values), attentions)
-        last = self.layernorm(states[-1])
+        last = normed(self.layernorm, states[-1])
         output = NatModelOutput(
             last_hidden_state=last,
             pooler_output=None if self.pooler is None else self.pooler(last.flatten(1, 2).mT).flatten(1),
@@ -255,8 +256,8 @@ class NatBackbone(BackboneMixin, NatPreTrainedModel):
         _, states, weights = self.encoder(self.embeddings(pixel_values), attentions)
         maps = zip(self.stage_names[: len(states)], states, strict=True)
         return BackboneOutput(
-            feature_maps=tuple(
-                self.hidden_states_norms[stage](state).permute(0, 3, 1, 2).contiguous()
+            feature_maps=tuple(  # type: ignore[arg-type]  # declared as a tuple of one
+                normed(self.hidden_states_norms[stage], state).permute(0, 3, 1, 2).contiguous()
                 for stage, state in maps
                 if stage in self.out_features
             ),
