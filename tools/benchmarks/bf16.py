@@ -1,6 +1,8 @@
 """bfloat16 beside float32: the op by itself and a whole backbone under autocast."""
 
 import contextlib
+import copy
+import functools
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
@@ -63,7 +65,12 @@ def parity_bf16(bench: Bench) -> None:
     if not all(t.isfinite().all() for t in ours):
         raise ParityError("bf16 autocast: outputs or gradients are not finite")
     not_worse("bf16 autocast", zip(ours, eager, exact, strict=False))  # outputs alone
-    bench.say("parity: bf16 autocast is finite and as exact as with the reference op inside")
+    half = image.to(torch.bfloat16)
+    converted, eager = (
+        inference(backbone("dinat_mini", backend).to(torch.bfloat16), half)() for backend in ("cpu", "reference")
+    )
+    not_worse("bf16 model", zip(converted, eager, exact, strict=True))
+    bench.say("parity: bf16 autocast and the converted model are as exact as with the reference op inside")
 
 
 def op_rows(bench: Bench) -> list[Row]:
@@ -82,31 +89,34 @@ def op_rows(bench: Bench) -> list[Row]:
 
 
 def backbone_rows(bench: Bench) -> list[Row]:
-    image, model = random_image(bench.sizes.train_image), backbone("dinat_mini", drop_path_rate=0.0)
+    model, native, rows = backbone("dinat_mini", drop_path_rate=0.0), bf16_instructions(), []
+    converted = copy.deepcopy(model).to(torch.bfloat16)  # autocast converts the weights in every pass
+    bars = {"forward": 2.5, "forward+backward": 2.3, "forward, weights converted once": 2.5}
 
-    def forward(precision):
+    def forward(network, image, precision=contextlib.nullcontext):
         with precision():
-            return inference(model, image)()
+            return inference(network, image)()
 
-    full, native = contextlib.nullcontext, bf16_instructions()
-    calls = {
-        "forward": (lambda: forward(autocast), lambda: forward(full)),
-        "forward+backward": (
-            lambda: forward_backward(model, image, autocast),
-            lambda: forward_backward(model, image, full),
-        ),
-    }
-    bars = {"forward": 2.5, "forward+backward": 2.3}
-    rows = []
-    for label, (ours, theirs) in calls.items():
-        name = f"DiNAT-Mini bf16 {label}"
-        if "backward" in label and not native:  # half a minute a turn
-            rows.append(Row(name, against="fp32", note="not timed: this CPU has no bf16 products"))
-            continue
-        bar = Bar(">=", bars[label]) if "amx_bf16" in native else None
-        rows.append(bench.speedup(name, ours, "fp32", theirs, bar, rounds=bench.rounds if native else 1))
-        if bar is None:
-            rows[-1].note = "no bar: this CPU has no AMX" + ("" if native else " and no other bf16 products")
+    for size in (bench.sizes.train_image, bench.sizes.image):
+        image = random_image(size)
+        full = functools.partial(forward, model, image)
+        calls = {
+            "forward": (functools.partial(forward, model, image, autocast), full),
+            "forward, weights converted once": (functools.partial(forward, converted, image.to(torch.bfloat16)), full),
+            "forward+backward": (
+                functools.partial(forward_backward, model, image, autocast),
+                functools.partial(forward_backward, model, image),
+            ),
+        }
+        for label, (ours, theirs) in calls.items():
+            name = f"DiNAT-Mini bf16 {label}, {size[0]}x{size[1]}"
+            if "backward" in label and not native:  # half a minute a turn
+                rows.append(Row(name, against="fp32", note="not timed: this CPU has no bf16 products"))
+                continue
+            bar = Bar(">=", bars[label]) if "amx_bf16" in native else None
+            rows.append(bench.speedup(name, ours, "fp32", theirs, bar, rounds=bench.rounds if native else 1))
+            if bar is None:
+                rows[-1].note = "no bar: this CPU has no AMX" + ("" if native else " and no other bf16 products")
     return rows
 
 
