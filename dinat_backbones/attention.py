@@ -1,4 +1,4 @@
-"""The attention modules: neighborhood attention (pad, project to qkv, attend, crop, project), and global attention."""
+"""The attention modules: neighborhood attention (project to qkv, pad, attend, crop, project), and global attention."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ class _Attention2D(nn.Module):
 class NeighborhoodAttention2D(_Attention2D):
     """Multi-head neighborhood self-attention over a map ``[B, H, W, dim]`` of any height and width.
 
-    A map smaller than ``kernel_size * dilation`` is zero-padded at the bottom and the right *before* `qkv`, so that the
+    A map smaller than ``kernel_size * dilation`` counts as zero-padded at the bottom and the right *before* `qkv`: the
     padded keys and values equal the bias of `qkv` and take part in the attention, and the result is cropped before
     `proj`; published detection checkpoints depend on it (NATTEN 0.14, ``NeighborhoodAttention2D``). See
     `ops/padding.py`.

@@ -16,7 +16,7 @@ from .mlp import Mlp, plain, watched
 NormLayer = Callable[[int], nn.Module]  # called with a width
 Module = TypeVar("Module", bound=type[nn.Module])
 
-_PER_SAMPLE: set[type[nn.Module]] = {nn.LayerNorm, nn.Linear, nn.Dropout, nn.Identity, nn.GELU}
+_PER_SAMPLE: set[type[nn.Module]] = {nn.LayerNorm, nn.Linear, nn.Dropout, nn.Identity}
 
 
 def per_sample(module: Module) -> Module:
@@ -58,10 +58,15 @@ def normed(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tor
     channels_last, and would store a map with large strides between channels. In graphs of torch.compile, layer norms
     and sums are therefore computed on ``[B, H * W, C]``.
     """
-    if torch.compiler.is_dynamo_compiling() and type(norm) is nn.LayerNorm:
+    if torch.compiler.is_dynamo_compiling() and isinstance(norm, nn.LayerNorm) and _is_of_channels(norm):
         out: torch.Tensor = norm(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
         return out
     return norm(x)
+
+
+def _is_of_channels(norm: nn.LayerNorm) -> bool:
+    """Whether nobody can tell that the norm is called on ``[B, H * W, C]``."""
+    return len(norm.normalized_shape) == 1 and plain(norm, types=(nn.LayerNorm,))
 
 
 class ConvTokenizer(nn.Module):
@@ -162,7 +167,8 @@ class DropPath(nn.Module):
         kept, scale = self._draw(x).flatten().nonzero().flatten(), 1 / (1 - self.p)
         if len(kept) == len(x):
             return torch.add(x, branch(x), alpha=scale)
-        if not len(kept):  # parameters get gradients of zero, without which optimizers and DDP would miss them
+        if not len(kept):
+            # The first sample times 0: optimizers and DDP would miss the parameters without gradients, even of zero.
             kept, scale = kept.new_zeros(1), 0.0
         out = branch(x.index_select(0, kept))
         dtype = torch.result_type(x, out)

@@ -32,14 +32,14 @@ def _onednn_linear() -> Callable[..., torch.Tensor] | None:
     return found if str(op.default._schema) == f"mkldnn::_linear_pointwise{arguments}" else None
 
 
-def _numbers_of_modes() -> tuple[Callable[[], int], ...] | None:
-    """How many modes of ``__torch_function__`` and of ``__torch_dispatch__`` are on; None where torch cannot tell."""
+def _mode_counters() -> tuple[Callable[[], int], ...] | None:
+    """Functions that count the active modes of torch functions and of dispatch; None where this torch has none."""
     names = ("_len_torch_function_stack", "_len_torch_dispatch_stack")
     return tuple(getattr(torch._C, name) for name in names) if all(hasattr(torch._C, name) for name in names) else None
 
 
 _LINEAR_POINTWISE = _onednn_linear()
-_MODES = _numbers_of_modes()
+_MODES = _mode_counters()
 _LINEAR = nn.Linear.forward, F.linear  # what it stands for, unless someone has replaced them
 
 
@@ -89,18 +89,19 @@ def linear_of_gelu(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
     In training on a CPU, the backward pass computes GELU again; torch would keep it, a fifth of a block's activations.
     """
-    if type(layer) is nn.Linear and is_ordinary(layer, hidden) and hidden.requires_grad:
-        tensors = [hidden, layer.weight, layer.bias]
+    if type(layer) is nn.Linear and hidden.dim() > 1 and is_ordinary(layer, hidden) and hidden.requires_grad:
+        # flattened outside of the function: its result must be no view, or nobody could change it in place
+        tensors = [hidden.flatten(0, -2), layer.weight, layer.bias]
         if autocast.enabled("cpu"):
             tensors = [tensor if tensor is None else autocast.cast(tensor) for tensor in tensors]
         out: torch.Tensor = _LinearOfGelu.apply(*tensors)
-        return out
+        return out.view(*hidden.shape[:-1], len(layer.weight))
     x: torch.Tensor = layer(F.gelu(hidden))
     return x
 
 
 class _LinearOfGelu(torch.autograd.Function):
-    """``F.linear(F.gelu(hidden), weight, bias)``, which keeps `hidden` and not its GELU."""
+    """``F.linear(F.gelu(hidden), weight, bias)`` of ``[N, C]``, which keeps `hidden` and not its GELU."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -111,17 +112,11 @@ class _LinearOfGelu(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad
-        flat = grad.flatten(0, -2)
-        grads: list[torch.Tensor | None] = [None, None, None]
-        if of_weight:
-            grads[1] = flat.t() @ F.gelu(hidden).flatten(0, -2)
-        if of_bias:
-            grads[2] = flat.sum(0)
-        if of_hidden:
-            grad = (flat @ weight).view(hidden.shape)
-            in_place = {} if torch.is_grad_enabled() else {"grad_input": grad}
-            grads[0] = torch.ops.aten.gelu_backward(grad, hidden, **in_place)
-        return tuple(grads)
+        return (
+            torch.ops.aten.gelu_backward(grad @ weight, hidden) if of_hidden else None,
+            grad.t() @ F.gelu(hidden) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
 
 
 def _can_fuse(layer: nn.Linear, x: torch.Tensor) -> bool:
@@ -165,7 +160,7 @@ def watched(x: torch.Tensor) -> bool:
     """Whether something else than PyTorch itself sees the calls on `x`: a recorder, a mode or a transform."""
     if is_recorded(x) or transforms.active():
         return True
-    return bool(_MODES is None or any(number() for number in _MODES))
+    return bool(_MODES is None or any(count() for count in _MODES))
 
 
 def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
@@ -177,10 +172,10 @@ def large_on_cpu(x: torch.Tensor, hidden: int) -> bool:
 
 
 def plain(*modules: nn.Module, types: Collection[type[nn.Module]] = (nn.Linear, nn.Dropout)) -> bool:
-    """Whether these modules can be called on parts of a map or a batch, or not at all: all are of exactly these types,
-    and have no hooks and no replaced functions.
+    """Whether these modules can be called on parts of a map or a batch, or a function can stand for the call.
 
-    Others (a quantized layer, an adapter of PEFT) may depend on the whole.
+    All are of exactly these types, and have no hooks and no `forward` of their own. Others (a quantized layer, an
+    adapter of PEFT) may depend on the whole.
     """
     if any(getattr(torch_module, f"_global{kind}") for kind in _HOOKS):
         return False

@@ -394,6 +394,19 @@ def test_inductor_keeps_the_channels_of_a_pixel_together():
     assert "empty_strided_cpu((2, 165, 16), (2640, 16, 1)" in "\n".join(code)  # a map of 11 x 15
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_compiled_layer_norms_are_called_on_maps_where_someone_can_tell(wide):
+    """Hooks of a norm, and norms of more than the channels."""
+    norm = torch.nn.LayerNorm((5, 6, 16) if wide else 16)
+    attention = NeighborhoodAttention2D(16, 2, 3)
+    block = layers.Block(16, 2.0, 0.0, 0.0, lambda dim: norm, None, attention).eval()
+    if not wide:
+        norm.register_forward_hook(lambda module, inputs, out: out * torch.arange(out.shape[1])[:, None, None])
+    x = torch.randn(2, 5, 6, 16)
+    torch.compiler.reset()
+    assert_near([torch.compile(block, backend="eager")(x)], [block(x)])
+
+
 def test_bfloat16_autocast():
     model, x = fill_by_name(DiNAT(**SMALL, dilations=[[4], [1, 2]])).train(), torch.randn(2, 3, 64, 65)
     with torch.autocast("cpu", torch.bfloat16):

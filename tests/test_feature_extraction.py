@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dinat_backbones import NAT, DiNAT, DiNAT_s, create_classifier
-from helpers import fill_by_name
+from helpers import assert_near, fill_by_name
 
 FAMILIES = dict(NAT=NAT, DiNAT=DiNAT, DiNAT_s=DiNAT_s)
 SMALL = dict(embed_dim=16, depths=[1, 2, 1], num_heads=[1, 2, 4], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.5)
@@ -52,7 +52,7 @@ def test_symbolic_trace_computes_the_same_and_trains():
         outs.append(module(image))
         sum(out.square().sum() for out in outs[-1]).backward()
         grads.append({name: parameter.grad for name, parameter in module.named_parameters()})
-    assert all(map(torch.allclose, *outs))
+    assert_near(*outs)  # the model does not compute what drop path drops, the graph does
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-4) for name in grads[0])
 

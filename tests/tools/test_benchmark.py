@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("torchvision", reason="torchvision is missing; the benchmark compares with its Swin-T")
 import benchmark
@@ -122,21 +123,22 @@ def speedup_of_two(self, name, ours, against, theirs, bar=None, rounds=None):
 
 def test_bf16_says_why_there_is_no_bar(monkeypatch):
     monkeypatch.setattr(benchmark.bf16, "bf16_instructions", list)
-    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: torch.nn.Identity())
     monkeypatch.setattr(benchmark.Bench, "speedup", speedup_of_two)
     rows = benchmark.bf16.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
-    assert len(rows) == 6 and all("this CPU has no" in row.note and row.passed is None for row in rows)
+    assert len(rows) == 10 and all("this CPU has no" in row.note and row.passed is None for row in rows)
 
 
 @pytest.mark.parametrize(
-    "instructions, bars", [(["avx512_bf16"], [">= 2"] * 4), (["amx_bf16"], [">= 2"] * 4 + [">= 2.5", ">= 2.3"])]
+    "instructions, bars",
+    [(["avx512_bf16"], [">= 2"] * 4), (["amx_bf16"], [">= 2"] * 4 + [">= 2.5", ">= 2.5", ">= 2.3"] * 2)],
 )
 def test_bf16_bars(monkeypatch, instructions, bars):
     monkeypatch.setattr(benchmark.bf16, "bf16_instructions", lambda: instructions)
-    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(benchmark.bf16, "backbone", lambda *arguments, **keywords: torch.nn.Identity())
     monkeypatch.setattr(benchmark.Bench, "speedup", speedup_of_two)
     rows = benchmark.bf16.bf16_rows(benchmark.Bench(benchmark.TINY, 1, 1))
-    assert len(rows) == 6 and [str(row.bar) for row in rows if row.bar] == bars
+    assert len(rows) == 10 and [str(row.bar) for row in rows if row.bar] == bars
 
 
 def test_bf16_parity(monkeypatch):
