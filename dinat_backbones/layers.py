@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .mlp import Mlp, plain, watched
+from .mlp import Mlp, hooked, plain, watched
 
 NormLayer = Callable[[int], nn.Module]  # called with a width
 Module = TypeVar("Module", bound=type[nn.Module])
@@ -58,7 +58,7 @@ def normed(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tor
     channels_last, and would store a map with large strides between channels. In graphs of torch.compile, layer norms
     and sums are therefore computed on ``[B, H * W, C]``.
     """
-    if torch.compiler.is_dynamo_compiling() and isinstance(norm, nn.LayerNorm) and _is_of_channels(norm):
+    if torch.compiler.is_dynamo_compiling() and type(norm) is nn.LayerNorm and _is_of_channels(norm):
         out: torch.Tensor = norm(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
         return out
     return norm(x)
@@ -66,7 +66,7 @@ def normed(norm: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> tor
 
 def _is_of_channels(norm: nn.LayerNorm) -> bool:
     """Whether nobody can tell that the norm is called on ``[B, H * W, C]``."""
-    return len(norm.normalized_shape) == 1 and plain(norm, types=(nn.LayerNorm,))
+    return len(norm.normalized_shape) == 1 and not hooked(norm)
 
 
 class ConvTokenizer(nn.Module):

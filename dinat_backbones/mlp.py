@@ -177,12 +177,14 @@ def plain(*modules: nn.Module, types: Collection[type[nn.Module]] = (nn.Linear, 
     All are of exactly these types, and have no hooks and no `forward` of their own. Others (a quantized layer, an
     adapter of PEFT) may depend on the whole.
     """
+    return not hooked(*modules) and all(type(module) in types and "forward" not in vars(module) for module in modules)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether there are hooks of these modules or of all modules; torch.compile can trace it."""
     if any(getattr(torch_module, f"_global{kind}") for kind in _HOOKS):
-        return False
-    return all(
-        type(module) in types and "forward" not in vars(module) and not any(getattr(module, kind) for kind in _HOOKS)
-        for module in modules
-    )
+        return True
+    return any(getattr(module, kind) for module in modules for kind in _HOOKS)
 
 
 def in_pieces(mlp: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
