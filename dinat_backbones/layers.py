@@ -168,7 +168,7 @@ class DropPath(nn.Module):
         if len(kept) == len(x):
             return torch.add(x, branch(x), alpha=scale)
         if not len(kept):
-            # The first sample times 0: optimizers and DDP would miss the parameters without gradients, even of zero.
+            # The first sample is computed, and multiplied by 0: optimizers and DDP expect gradients, even of zero.
             kept, scale = kept.new_zeros(1), 0.0
         out = branch(x.index_select(0, kept))
         dtype = torch.result_type(x, out)

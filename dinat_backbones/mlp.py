@@ -14,8 +14,6 @@ from .ops import autocast, transforms
 # On a CPU without gradients, an MLP whose hidden layer takes LARGE_BYTES or more computes PIECE_BYTES of it at a time,
 # which stay in the cache: 30 % less time. Smaller ones would be slower, because each product repacks the weights.
 LARGE_BYTES, PIECE_BYTES = 32 << 20, 2 << 20
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -26,6 +26,10 @@ PUBLISHED = json.loads((DATA / "published.json").read_text())
 EVERYWHERE = [name for name, backend in BACKENDS.items() if not backend.requires]
 
 
+# arguments of the smallest backbone that has two stages
+SMALL = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.0)
+
+
 def taking(dtype: torch.dtype, *but: str) -> list[str]:
     """Those of EVERYWHERE that run calls in `dtype`, and are not one of `but`."""
     qkv = [torch.zeros(1, 3, 3, 1, 8, dtype=dtype)] * 3

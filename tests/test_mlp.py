@@ -5,9 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinat_backbones import DiNAT, mlp
-from helpers import assert_near
-
-SMALL = dict(embed_dim=16, depths=[1, 2], num_heads=[1, 2], mlp_ratio=2.0, kernel_size=3, drop_path_rate=0.0)
+from helpers import SMALL, assert_near
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Maps smaller than kernel size times dilation: zero-padding before qkv, or what it comes to after it, and cropping.
+"""Maps smaller than kernel size times dilation count as zero-padded before qkv, and the op's result is cropped.
 
 No other file pads or crops for the op. An axis shorter than ``kernel_size * dilation`` is padded at its end (bottom,
 right) to exactly that; NATTEN 0.14 does the same, and published detection checkpoints depend on it.
