@@ -1,5 +1,7 @@
-"""The attention modules: neighborhood attention (project to qkv, pad, attend, crop, project), and global attention."""
+"""The attention modules: neighborhood attention (project to qkv, attend, project), and global attention."""
 
+from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -7,14 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layers import per_sample
-from .mlp import is_ordinary, linear
+from .mlp import hooked, is_ordinary, linear
 from .ops import (
     neighborhood_attention_2d,
     neighborhood_attention_2d_qkvpacked,
     neighborhood_attention_2d_with_weights,
+    symbolic,
 )
 from .ops.checks import check_window
-from .ops.padding import crop, pad_projected, pad_to_reach
+from .ops.padding import crop, is_padded, pad_to_reach
 
 # torch.fx, with which torchvision extracts features, records calls of what decides by sizes instead of tracing them.
 for _function in (
@@ -27,11 +30,20 @@ for _function in (
     torch.fx.wrap(_function)
 
 
-def project(layer: nn.Module, x: torch.Tensor, reach: int) -> torch.Tensor:
-    """``layer(pad_to_reach(x, reach))``; a linear layer that nobody watches does not multiply the zeros."""
-    if type(layer) is nn.Linear and is_ordinary(layer, x):
-        return pad_projected(linear(layer, x), layer.bias, reach)
-    return linear(layer, pad_to_reach(x, reach))
+def _can_pad_later(layer: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer on a CPU makes its bias of the zeros around `x`, and nobody can tell that it misses them."""
+    if type(layer) is not nn.Linear:
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        return x.device.type == "cpu" and not hooked(layer) and not _has_own_forward(layer)
+    return is_ordinary(layer, x)
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    """Whether `forward` was replaced in the instance; torch.compile can trace it."""
+    if symbolic.DYNAMO_DECIDES:
+        return "forward" in layer.__dict__
+    return not isinstance(layer.forward, MethodType)  # before, dynamo cannot read the dictionary
 
 
 class _Attention2D(nn.Module):
@@ -133,26 +145,45 @@ class NeighborhoodAttention2D(_Attention2D):
         in float32, computed in plain PyTorch.
         """
         height, width = x.shape[1], x.shape[2]
-        qkv = self._project(x, self.kernel_size * self.dilation)
+        with_weights = return_attention or (self.training and self.attn_drop.p > 0)
+        qkv, padding = self._project(x, pad_later=not with_weights)
         settings: dict[str, Any] = dict(kernel_size=self.kernel_size, dilation=self.dilation, scale=self.scale)
-        if return_attention or (self.training and self.attn_drop.p > 0):
-            query, key, value = qkv if isinstance(qkv, tuple) else qkv.unbind(3)
+        if with_weights:
+            query, key, value = qkv if len(qkv) == 3 else qkv[0].unbind(3)
             x, attention = neighborhood_attention_2d_with_weights(
                 query, key, value, self.rpb, dropout=self.attn_drop, **settings
             )
-        elif isinstance(qkv, tuple):
-            x = neighborhood_attention_2d(*qkv, self.rpb, backend=self.backend, **settings)
         else:
-            x = neighborhood_attention_2d_qkvpacked(qkv, self.rpb, backend=self.backend, **settings)
+            settings |= dict(padding=padding, backend=self.backend)
+            if len(qkv) == 3:
+                x = neighborhood_attention_2d(qkv[0], qkv[1], qkv[2], self.rpb, **settings)
+            else:
+                x = neighborhood_attention_2d_qkvpacked(qkv[0], self.rpb, **settings)
         # contiguous, because F.linear would multiply each row of a cropped map by a copy of the weight
         x = self.proj_drop(linear(self.proj, crop(x, height, width).contiguous().flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x
 
-    def _project(self, x: torch.Tensor, reach: int) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Packed qkv ``[B, H, W, 3, heads, head_dim]`` of the map, zero-padded to `reach`; a subclass with three
-        projections returns three tensors."""
-        packed: torch.Tensor = project(self.qkv, x, reach).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return packed
+    def _projections(self) -> tuple[nn.Linear, ...]:
+        """One layer for packed qkv, or three for query, key and value."""
+        return (self.qkv,)
+
+    def _project(self, x: torch.Tensor, *, pad_later: bool) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+        """The projections of a map and, if one may `pad_later`, what the op is to pad them with.
+
+        Otherwise that is None, and the map is zero-padded before.
+        """
+        layers, reach = self._projections(), self.kernel_size * self.dilation
+        pad_later = pad_later and all(_can_pad_later(layer, x) for layer in layers) and is_padded(x, reach)
+        if not pad_later:
+            x = pad_to_reach(x, reach)
+        heads = self.num_heads, self.head_dim
+        qkv = [linear(layer, x).unflatten(-1, heads if len(layers) == 3 else (3, *heads)) for layer in layers]
+        if not pad_later:
+            return qkv, None
+        biases: list[torch.Tensor] = [
+            x.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias for layer in layers
+        ]
+        return qkv, torch.cat(biases).view(3, *heads).to(qkv[0].dtype)
 
     def extra_repr(self) -> str:
         return (

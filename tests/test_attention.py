@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dinat_backbones import NeighborhoodAttention2D
 from dinat_backbones.ops.backends import reference
-from dinat_backbones.ops.padding import pad_projected
 from helpers import EVERYWHERE, assert_near
 
 
@@ -46,37 +45,45 @@ def test_small_maps_attend_to_the_padding(height, width, backend):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("height, width", [(1, 1), (5, 20), (20, 5), (6, 7), (8, 8)])
-def test_padding_after_the_projection(height, width, bias):
-    """As of the zero-padded map, with all derivatives."""
-    layer = torch.nn.Linear(3, 6, bias=bias).double()
-    x = torch.randn(2, height, width, 3, dtype=torch.float64, requires_grad=True)
-
-    def padded(*_):
-        return pad_projected(layer(x), layer.bias, 8)
-
-    inputs = (x, *layer.parameters())
-    expected = layer(F.pad(x, (0, 0, 0, max(0, 8 - width), 0, max(0, 8 - height))))
-    assert_near([padded()], [expected], 1e-12)
-    grad = torch.randn_like(expected)
-    assert_near(torch.autograd.grad(padded(), inputs, grad), torch.autograd.grad(expected, inputs, grad), 1e-12)
-    assert torch.autograd.gradgradcheck(padded, inputs)
-
-
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_padding_is_not_projected(gradients):
+def test_nothing_has_the_size_of_the_padded_map(gradients):
     attention, x = module(kernel_size=7, dilation=3), torch.randn(2, 10, 30, 16)
-    padded, projected = [], []
+    padded, found = [], []
     for hooked in (False, True):
         if hooked:
             attention.qkv.register_forward_hook(lambda module, inputs, out: padded.append(tuple(out.shape)))
         with torch.set_grad_enabled(gradients), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as run:
             attention(x)
-        shapes = [event.input_shapes for event in run.key_averages(group_by_input_shape=True)]
-        projected.append(any([2 * 21 * 30, 16] in sizes or [2, 21, 30, 16] in sizes for sizes in shapes))
+        shapes = [shape for event in run.key_averages(group_by_input_shape=True) for shape in event.input_shapes]
+        found.append(any(shape[:1] == [2 * 21 * 30] or shape[:3] == [2, 21, 30] for shape in shapes))
     assert padded == [(2, 21, 30, 48)]  # who watches sees the padded map
-    assert projected == [False, True]
+    assert found == [False, True]
+
+
+def _forward_of_its_own(layer):
+    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).sigmoid()
+    return layer
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.nn.Sequential(layer, torch.nn.Sigmoid()),
+        _forward_of_its_own,
+        lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+    ],
+)
+def test_projections_of_another_kind_see_the_padding(change, compiled):
+    """What they make of zeros need not be a bias."""
+    attention, x = module(kernel_size=5, dilation=2), torch.randn(2, 4, 12, 16)
+    attention.qkv = change(attention.qkv)
+    qkv = attention.qkv(F.pad(x, (0, 0, 0, 0, 0, 6))).unflatten(-1, (3, 2, 8))
+    weights = reference.weights(qkv[..., 0, :, :], qkv[..., 1, :, :], attention.rpb, 5, 2, 8**-0.5)
+    out = reference.apply_weights(weights, qkv[..., 2, :, :], 5, 2)[:, :4]
+    torch.compiler.reset()
+    got = (torch.compile(attention, backend="aot_eager") if compiled else attention)(x)
+    assert_near([got], [attention.proj(out.flatten(-2))])
 
 
 def test_a_cropped_map_is_projected_in_one_product():

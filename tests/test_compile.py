@@ -39,6 +39,20 @@ def test_one_graph_for_all_sizes(family, with_cp):
     assert compilations == compilations[:1] * 4
 
 
+def test_small_maps_are_not_padded_by_the_graph():
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    attention, x = NeighborhoodAttention2D(16, 2, kernel_size=5, dilation=3), torch.randn(2, 9, 20, 16)
+    assert_near([torch.compile(attention, fullgraph=True, backend=record)(x)], [attention(x)])
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert len(graphs) == 1 and not any("pad" in name for name in called), called
+
+
 def test_inductor_trains_convolutions_at_open_sizes():
     if torch.__version__ < "2.7":
         pytest.skip(f"torch {torch.__version__} compiles per size: its dynamic shapes are younger")

@@ -8,6 +8,8 @@ from . import autocast
 from .backends import BACKENDS, reference
 from .checks import check_call
 from .dispatch import choose_backend
+from .padding import crop, pad_qkv
+from .registration import CompiledBackend
 
 __all__ = [
     "BACKENDS",
@@ -26,6 +28,7 @@ def neighborhood_attention_2d(
     kernel_size: int,
     dilation: int = 1,
     scale: float | None = None,
+    padding: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Softmax attention of every pixel over its `kernel_size` x `kernel_size` dilated neighborhood.
@@ -40,8 +43,12 @@ def neighborhood_attention_2d(
         rpb: relative positional bias ``[heads, 2 * kernel_size - 1, 2 * kernel_size - 1]`` or None; its index per axis
             is ``key_position - query_position + kernel_size - 1``, positions counted inside the sequence.
         kernel_size: odd, at least 3.
-        dilation: at least 1; H and W must be at least ``kernel_size * dilation``.
+        dilation: at least 1; without `padding`, H and W must be at least ``kernel_size * dilation``.
         scale: multiplies the query; None stands for ``head_dim ** -0.5``.
+        padding: what query, key and value are outside of the map, ``[3, heads, head_dim]`` like them: with it a map may
+            have any size, and one smaller than ``kernel_size * dilation`` counts as padded to that at the bottom and
+            the right. These keys and values take part in the attention; of queries there are none. With the bias of
+            qkv it is as if the input of qkv had been padded with zeros, without a copy where the backend pads.
         backend: one of `BACKENDS`; None takes the first that supports the call.
 
     Returns:
@@ -53,7 +60,7 @@ def neighborhood_attention_2d(
         ValueError: shapes, sizes, dtypes or devices that do not fit together, an unknown `backend`.
         RuntimeError: the named `backend` does not support the call; the message has all its reasons.
     """
-    return _attend((query, key, value), rpb, kernel_size, dilation, scale, backend)
+    return _attend((query, key, value), rpb, kernel_size, dilation, scale, backend, padding)
 
 
 def neighborhood_attention_2d_qkvpacked(
@@ -63,6 +70,7 @@ def neighborhood_attention_2d_qkvpacked(
     kernel_size: int,
     dilation: int = 1,
     scale: float | None = None,
+    padding: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """`neighborhood_attention_2d` of one tensor ``[B, H, W, 3, heads, head_dim]``, as a qkv projection leaves it.
@@ -70,7 +78,7 @@ def neighborhood_attention_2d_qkvpacked(
     Arguments, result and errors are the same otherwise. The gradient of `qkv` is one tensor as well, which saves a copy
     in backends that support it.
     """
-    return _attend((qkv,), rpb, kernel_size, dilation, scale, backend)
+    return _attend((qkv,), rpb, kernel_size, dilation, scale, backend, padding)
 
 
 def neighborhood_attention_2d_with_weights(
@@ -111,15 +119,17 @@ def _attend(
     dilation: int,
     scale: float | None,
     backend: str | None,
+    padding: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_call(qkv, rpb, kernel_size, dilation)
+    check_call(qkv, rpb, kernel_size, dilation, padding)
     scale = float(qkv[0].shape[-1] ** -0.5 if scale is None else scale)
     device_type = qkv[0].device.type
     if autocast.enabled(device_type):
         qkv = [autocast.cast(tensor) for tensor in qkv]
+        padding = None if padding is None else autocast.cast(padding)
         with torch.autocast(device_type, enabled=False):
-            return _run(qkv, rpb, kernel_size, dilation, scale, backend)
-    return _run(qkv, rpb, kernel_size, dilation, scale, backend)
+            return _run(qkv, rpb, kernel_size, dilation, scale, backend, padding)
+    return _run(qkv, rpb, kernel_size, dilation, scale, backend, padding)
 
 
 def _run(
@@ -129,13 +139,19 @@ def _run(
     dilation: int,
     scale: float,
     backend: str | None,
+    padding: torch.Tensor | None,
 ) -> torch.Tensor:
     chosen = choose_backend(qkv, rpb, kernel_size, dilation, scale, backend)
     if not chosen.traceable and not torch.compiler.is_compiling() and torch.jit.is_tracing():
         _refuse_legacy_exporter()
+    if padding is not None and isinstance(chosen, CompiledBackend) and chosen.pads:
+        return chosen.attention(qkv, rpb, kernel_size, dilation, scale, padding)
+    _, height, width, *_ = qkv[0].shape
+    qkv = pad_qkv(qkv, padding, kernel_size * dilation)
     if len(qkv) == 1 and not chosen.takes_packed_qkv:
         qkv = qkv[0].unbind(3)
-    return chosen.attention(qkv, rpb, kernel_size, dilation, scale)
+    out = chosen.attention(qkv, rpb, kernel_size, dilation, scale)
+    return out if padding is None else crop(out, height, width)
 
 
 def _refuse_legacy_exporter() -> None:

@@ -13,12 +13,18 @@ def check_window(kernel_size: int, dilation: int) -> None:
         raise ValueError(f"dilation={dilation}: expected at least 1")
 
 
-def check_call(qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int) -> None:
+def check_call(
+    qkv: Sequence[torch.Tensor],
+    rpb: torch.Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    padding: torch.Tensor | None = None,
+) -> None:
     """Raise a ValueError for the first invalid argument of a call.
 
     Args:
         qkv: query, key and value, ``[B, H, W, heads, head_dim]`` each, or one packed ``[B, H, W, 3, heads, head_dim]``.
-        rpb, kernel_size, dilation: as in `neighborhood_attention_2d`.
+        rpb, kernel_size, dilation, padding: as in `neighborhood_attention_2d_qkvpacked`.
     """
     check_window(kernel_size, dilation)
     if len(qkv) == 3:
@@ -52,7 +58,9 @@ def check_call(qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_siz
             f"expected at least one head and one dimension per head; got heads={heads}, head_dim={head_dim}"
         )
     reach = kernel_size * dilation
-    if height < reach or width < reach:
+    if padding is not None:
+        check_padding(padding, qkv[0])
+    elif height < reach or width < reach:
         raise ValueError(
             f"a {height}x{width} map is smaller than kernel_size * dilation = {kernel_size} * {dilation} = {reach}; "
             "zero-pad the input of qkv at the bottom and right first (NeighborhoodAttention2D does)"
@@ -63,6 +71,16 @@ def check_call(qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_siz
             raise ValueError(f"rpb has shape {list(rpb.shape)}; expected [heads, 2K-1, 2K-1] = {[heads, span, span]}")
         if not rpb.dtype.is_floating_point:
             raise ValueError(f"rpb must have a floating dtype; got {rpb.dtype}")
+
+
+def check_padding(padding: torch.Tensor, qkv: torch.Tensor) -> None:
+    """Raise a ValueError unless `padding` is ``[3, heads, head_dim]`` in the dtype and on the device of `qkv`."""
+    expected = [3, *qkv.shape[-2:]]
+    if list(padding.shape) != expected or padding.dtype != qkv.dtype or padding.device != qkv.device:
+        raise ValueError(
+            f"padding must be [3, heads, head_dim] = {expected} in {qkv.dtype} on {qkv.device}, like qkv; got "
+            f"{list(padding.shape)} in {padding.dtype} on {padding.device}"
+        )
 
 
 def check_like_query(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
 """Maps smaller than kernel size times dilation count as zero-padded before qkv, and the op's result is cropped.
 
-No other file pads or crops for the op. An axis shorter than ``kernel_size * dilation`` is padded at its end (bottom,
-right) to exactly that; NATTEN 0.14 does the same, and published detection checkpoints depend on it.
+No other Python file pads or crops for the op; the kernel for CPUs does it without copies. An axis shorter than
+``kernel_size * dilation`` is padded at its end (bottom, right) to exactly that; NATTEN 0.14 does the same, and
+published detection checkpoints depend on it.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -22,57 +23,41 @@ def pad_to_reach(x: torch.Tensor, reach: int) -> torch.Tensor:
     Returns:
         ``[B, max(H, reach), max(W, reach), dim]``; `x` itself if it is large enough.
     """
-    _, height, width, _ = x.shape
-    if symbolic.known(height >= reach) and symbolic.known(width >= reach):
+    if not is_padded(x, reach):
         return x
+    _, height, width, _ = x.shape
     return F.pad(x, (0, 0, 0, positions_missing(width, reach), 0, positions_missing(height, reach)))
 
 
-def pad_projected(x: torch.Tensor, bias: torch.Tensor | None, reach: int) -> torch.Tensor:
-    """``linear(pad_to_reach(map, reach))`` from ``x = linear(map)``: instead of projected zeros it has the bias.
+def is_padded(x: torch.Tensor, reach: int) -> bool:
+    """Whether a map ``[B, H, W, ...]`` is, or with open sizes may be, smaller than `reach` x `reach`."""
+    return not (symbolic.known(x.shape[1] >= reach) and symbolic.known(x.shape[2] >= reach))
+
+
+def pad_qkv(qkv: Sequence[torch.Tensor], padding: torch.Tensor | None, reach: int) -> Sequence[torch.Tensor]:
+    """Query, key and value, or one packed tensor, with `padding` outside of the map; for backends that do not pad.
 
     Args:
-        x: ``[B, H, W, C]``; its sizes are fixed, not open.
-        bias: of the linear layer, ``[C]``, or None.
+        qkv: ``[B, H, W, heads, head_dim]`` each, or ``[B, H, W, 3, heads, head_dim]``.
+        padding: ``[3, heads, head_dim]``; None for maps that are large enough.
         reach: see `pad_to_reach`.
 
     Returns:
-        ``[B, max(H, reach), max(W, reach), C]``; `x` itself if it is large enough.
+        As many tensors of at least `reach` x `reach`; `qkv` itself if the map is large enough.
     """
-    _, height, width, channels = x.shape
-    if height >= reach and width >= reach:
-        return x
-    outside = x.new_zeros(channels) if bias is None else bias.to(x.dtype)
-    out: torch.Tensor = _Pad.apply(x, outside, max(height, reach), max(width, reach))  # type: ignore[no-untyped-call]
-    return out
+    if padding is None or not is_padded(qkv[0], reach):
+        return qkv
+    outside = [padding] if len(qkv) == 1 else padding.unbind()
+    return [_pad_with(x, pixel, reach) for x, pixel in zip(qkv, outside, strict=True)]
 
 
-class _Pad(torch.autograd.Function):
-    """``[B, H, W, C]`` to ``[B, height, width, C]`` with the vector `outside` at the bottom and at the right.
-
-    `torch.cat` would copy twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, outside: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        batch, ctx.height, ctx.width, channels = x.shape
-        out = x.new_empty(batch, height, width, channels)
-        out[:, : ctx.height, : ctx.width] = x
-        out[:, : ctx.height, ctx.width :] = outside
-        out[:, ctx.height :] = outside
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        right, bottom = grad[:, : ctx.height, ctx.width :], grad[:, ctx.height :]
-        of_outside = _sum(right, 2) + _sum(bottom, 1) if ctx.needs_input_grad[1] else None
-        return grad[:, : ctx.height, : ctx.width], of_outside, None, None
-
-
-def _sum(x: torch.Tensor, axis: int) -> torch.Tensor:
-    """The sum over all axes of ``[B, H, W, C]`` but the last; over `axis` first, because torch sums up strided maps of
-    float32 20 times as slowly at once (torch 2.11)."""
-    return x.sum(axis).sum((0, 1))
+def _pad_with(x: torch.Tensor, pixel: torch.Tensor, reach: int) -> torch.Tensor:
+    """Pad ``[B, H, W, ...]`` with `pixel` ``[...]``."""
+    _, height, width, *rest = x.shape
+    padded = pad_to_reach(x.flatten(3), reach).unflatten(-1, rest)
+    rows, columns = (torch.arange(size, device=x.device) for size in padded.shape[1:3])
+    inside = ((rows < height)[:, None] & (columns < width)).view(*padded.shape[1:3], *[1] * len(rest))
+    return torch.where(inside, padded, pixel)
 
 
 def crop(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

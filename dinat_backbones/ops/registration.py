@@ -14,15 +14,18 @@ import torch
 from . import autocast, transforms
 from .backends.base import Backend
 from .checks import check_call, check_like_query, check_lse
+from .padding import crop, pad_qkv
 
 # qkv: either query, key and value, [B, H, W, heads, head_dim] each, or all in one, [B, H, W, 3, heads, head_dim].
-_CALL = "Tensor[] qkv, Tensor? rpb, int kernel_size, int dilation, float scale"
+# padding: None, or what qkv is outside of the map, [3, heads, head_dim]; see `CompiledBackend.pads`.
+_CALL = "Tensor[] qkv, Tensor? rpb, int kernel_size, int dilation, float scale, Tensor? padding=None"
 # lse: the logarithm of the softmax's denominator, [B, H, W, heads] in float32; empty where the backward kernel does not
 # need it.
 _FORWARD = f"({_CALL}) -> (Tensor out, Tensor lse)"
 # out and lse: None unless the backend keeps lse. The gradients of query, key and value are one tensor, so that a packed
 # qkv gets its gradient without a copy.
-_BACKWARD = f"(Tensor grad_out, Tensor? out, Tensor? lse, {_CALL}) -> (Tensor grad_qkv, Tensor grad_rpb)"
+_GRADIENTS = "(Tensor grad_qkv, Tensor grad_rpb, Tensor grad_padding)"
+_BACKWARD = f"(Tensor grad_out, Tensor? out, Tensor? lse, {_CALL}) -> {_GRADIENTS}"
 
 _library = torch.library.Library("dinat_backbones", "DEF")
 
@@ -37,6 +40,7 @@ class Call(NamedTuple):
     kernel_size: int
     dilation: int
     scale: float
+    padding: torch.Tensor | None = None
 
 
 class Saved(NamedTuple):
@@ -52,6 +56,7 @@ class CompiledBackend(Backend):
     takes_packed_qkv = True
     dispatch_key: str  # of torch's dispatcher, under which the kernels run
     keeps_lse: bool  # whether the backward kernel needs `out` and `lse`
+    pads = False  # whether the kernels take `padding`, and with it maps smaller than kernel size times dilation
 
     def __init__(self, name: str):
         self.name = name
@@ -78,9 +83,18 @@ class CompiledBackend(Backend):
 
     @abstractmethod
     def backward(
-        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
+        self,
+        call: Call,
+        grad_out: torch.Tensor,
+        saved: Saved,
+        grad_qkv: torch.Tensor,
+        grad_rpb: torch.Tensor | None,
+        grad_padding: torch.Tensor | None,
     ) -> None:
-        """The backward kernel: fills `grad_qkv` and adds to `grad_rpb`, zeros in float32. The batch is not empty."""
+        """The backward kernel: fills `grad_qkv` and adds to the others, zeros in float32. The batch is not empty.
+
+        `grad_padding` is ``[2, heads, head_dim]``, of key and value; None unless the backend `pads`.
+        """
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
@@ -89,18 +103,30 @@ class CompiledBackend(Backend):
         return [transforms.REASON] if transforms.active() else []
 
     def attention(
-        self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: Sequence[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Backend`."""
-        out: torch.Tensor = self.op(qkv, rpb, kernel_size, dilation, scale)[0]
+        out: torch.Tensor = self.op(qkv, rpb, kernel_size, dilation, scale, padding)[0]
         return out
 
     # ---- what torch's dispatcher calls
 
     def _run_forward(
-        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        call = self._checked(qkv, rpb, kernel_size, dilation, scale, padding)
         out, lse = self._new_outputs(call.query)
         if out.numel():
             self.forward(call, out, lse)
@@ -116,19 +142,41 @@ class CompiledBackend(Backend):
         kernel_size: int,
         dilation: int,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = self._checked(qkv, rpb, kernel_size, dilation, scale)
+        padding: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        call = self._checked(qkv, rpb, kernel_size, dilation, scale, padding)
         self._check_saved(grad_out, out, lse, call.query)
         grad_qkv = self._new_grad_qkv(call.query)
-        sums = call.query.new_zeros(0 if rpb is None else rpb.shape, dtype=torch.float32)
+
+        def zeros(like: torch.Tensor | None) -> torch.Tensor:
+            return call.query.new_zeros(0 if like is None else like.shape, dtype=torch.float32)
+
+        of_rpb, of_padding = zeros(rpb), zeros(padding)
         if grad_qkv.numel():
-            self.backward(call, grad_out, Saved(out, lse), grad_qkv, None if rpb is None else sums)
-        return grad_qkv, sums if rpb is None else sums.to(rpb.dtype)
+            self.backward(
+                call,
+                grad_out,
+                Saved(out, lse),
+                grad_qkv,
+                None if rpb is None else of_rpb,
+                None if padding is None else of_padding[1:],
+            )
+        return (
+            grad_qkv,
+            of_rpb if rpb is None else of_rpb.to(rpb.dtype),
+            of_padding if padding is None else of_padding.to(padding.dtype),
+        )
 
     def _forward_meta(
-        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_call(qkv, rpb, kernel_size, dilation)
+        check_call(qkv, rpb, kernel_size, dilation, padding)
         return self._new_outputs(split(qkv)[0])
 
     def _backward_meta(
@@ -141,33 +189,51 @@ class CompiledBackend(Backend):
         kernel_size: int,
         dilation: int,
         scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_call(qkv, rpb, kernel_size, dilation)
+        padding: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        check_call(qkv, rpb, kernel_size, dilation, padding)
         query = split(qkv)[0]
         self._check_saved(grad_out, out, lse, query)
-        grad_rpb = query.new_empty(0, dtype=torch.float32) if rpb is None else rpb.new_empty(rpb.shape)
-        return self._new_grad_qkv(query), grad_rpb
+
+        def empty(like: torch.Tensor | None) -> torch.Tensor:
+            return query.new_empty(0, dtype=torch.float32) if like is None else like.new_empty(like.shape)
+
+        return self._new_grad_qkv(query), empty(rpb), empty(padding)
 
     def _differentiable(
-        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if transforms.active():
             raise RuntimeError(f"{self.op}: {transforms.REASON}")
-        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, rpb) if t is not None)
+        wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*qkv, rpb, padding) if t is not None)
         result: tuple[torch.Tensor, torch.Tensor]
         if wanted:
-            result = _Attention.apply(self, rpb, kernel_size, dilation, scale, *qkv)  # type: ignore[no-untyped-call]
+            settings = kernel_size, dilation, scale
+            result = _Attention.apply(self, rpb, padding, *settings, *qkv)  # type: ignore[no-untyped-call]
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                result = self.op(qkv, rpb, kernel_size, dilation, scale)
+                result = self.op(qkv, rpb, kernel_size, dilation, scale, padding)
         return result
 
     def _autocast(
-        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         qkv = [autocast.cast(tensor) for tensor in qkv]
+        padding = None if padding is None else autocast.cast(padding)
         with torch.autocast(qkv[0].device.type, enabled=False):
-            result: tuple[torch.Tensor, torch.Tensor] = self.op(qkv, rpb, kernel_size, dilation, scale)
+            result: tuple[torch.Tensor, torch.Tensor] = self.op(qkv, rpb, kernel_size, dilation, scale, padding)
         return result
 
     def _refuse_transforms(self, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,14 +242,22 @@ class CompiledBackend(Backend):
     # ---- shared by these
 
     def _checked(
-        self, qkv: list[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
+        self,
+        qkv: list[torch.Tensor],
+        rpb: torch.Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        scale: float,
+        padding: torch.Tensor | None = None,
     ) -> Call:
         """The arguments as a `Call`; ValueError if they are invalid, RuntimeError if this backend cannot run them."""
-        check_call(qkv, rpb, kernel_size, dilation)
+        check_call(qkv, rpb, kernel_size, dilation, padding)
         reasons = self.unsupported(qkv, rpb, kernel_size, dilation, scale)
+        if padding is not None and not self.pads:
+            reasons.append("its kernels do not pad")
         if reasons:
             raise RuntimeError(f"{self.op} cannot run this call: {'; '.join(reasons)}")
-        return Call(*split(qkv), rpb, kernel_size, dilation, scale)
+        return Call(*split(qkv), rpb, kernel_size, dilation, scale, padding)
 
     def _check_saved(
         self, grad_out: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None, query: torch.Tensor
@@ -216,41 +290,48 @@ class _Attention(torch.autograd.Function):
         ctx: Any,
         backend: CompiledBackend,
         rpb: torch.Tensor | None,
+        padding: torch.Tensor | None,
         kernel_size: int,
         dilation: int,
         scale: float,
         *qkv: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = backend.op(qkv, rpb, kernel_size, dilation, scale)
-        ctx.save_for_backward(rpb, *((out, lse) if backend.keeps_lse else (None, None)), *qkv)
+            out, lse = backend.op(qkv, rpb, kernel_size, dilation, scale, padding)
+        ctx.save_for_backward(rpb, padding, *((out, lse) if backend.keeps_lse else (None, None)), *qkv)
         ctx.mark_non_differentiable(lse)
         ctx.backend, ctx.settings = backend, (kernel_size, dilation, scale)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rpb, out, lse, *qkv = ctx.saved_tensors
+        rpb, padding, out, lse, *qkv = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            grad_rpb, *grads = _differentiable_gradients(grad_out, rpb, qkv, *ctx.settings)
+            grad_rpb, grad_padding, *grads = _differentiable_gradients(grad_out, rpb, padding, qkv, *ctx.settings)
         else:
-            grad_qkv, grad_rpb = ctx.backend.backward_op(grad_out, out, lse, qkv, rpb, *ctx.settings)
+            saved = grad_out, out, lse
+            grad_qkv, grad_rpb, grad_padding = ctx.backend.backward_op(*saved, qkv, rpb, *ctx.settings, padding)
             grads = [grad_qkv] if len(qkv) == 1 else grad_qkv.unbind(3)
-        return None, None if rpb is None else grad_rpb, None, None, None, *grads
+        of_optional = None if rpb is None else grad_rpb, None if padding is None else grad_padding
+        return None, *of_optional, None, None, None, *grads
 
 
 def _differentiable_gradients(
     grad_out: torch.Tensor,
     rpb: torch.Tensor | None,
+    padding: torch.Tensor | None,
     qkv: list[torch.Tensor],
     kernel_size: int,
     dilation: int,
     scale: float,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of rpb and qkv in plain operations, so that they can be differentiated again."""
+    """The gradients of rpb, padding and qkv in plain operations, so that they can be differentiated again."""
     from .backends import tiled  # here, because the backends import this module
 
-    out = tiled.plain_attention(split(qkv), rpb, kernel_size, dilation, scale)
-    inputs = [t for t in (rpb, *qkv) if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in (rpb, *qkv))
+    call = split(pad_qkv(qkv, padding, kernel_size * dilation)), rpb, kernel_size, dilation, scale
+    out = crop(tiled.plain_attention(*call), *grad_out.shape[1:3])
+    arguments = rpb, padding, *qkv
+    inputs = [t for t in arguments if t is not None and t.requires_grad]
+    # with maps of their full size, no output depends on the padding
+    found = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True, materialize_grads=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in arguments)

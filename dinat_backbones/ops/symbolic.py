@@ -9,7 +9,7 @@ from typing import cast
 import torch
 
 # Before this version, dynamo cannot trace torch's functions that ask about open sizes: its graphs depend on branches.
-_DYNAMO_DECIDES = torch.__version__ >= "2.7"
+DYNAMO_DECIDES = torch.__version__ >= "2.7"
 
 
 def exporting() -> bool:
@@ -21,7 +21,7 @@ def exporting() -> bool:
 
 def known(comparison: bool) -> bool:
     """Whether a comparison of sizes is true: of fixed sizes its value, of open ones whether it is true for all."""
-    decides = _DYNAMO_DECIDES if torch.compiler.is_dynamo_compiling() else isinstance(comparison, torch.SymBool)
+    decides = DYNAMO_DECIDES if torch.compiler.is_dynamo_compiling() else isinstance(comparison, torch.SymBool)
     if not decides:
         return bool(comparison)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, because it imports sympy

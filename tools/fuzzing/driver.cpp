@@ -28,7 +28,7 @@ struct Array {
   Na2dView view;
 
   Array(Random& random, const Na2dProblem& p, bool strided) {
-    const int64_t sizes[5] = {p.batch, p.height, p.width, p.heads, p.dim};
+    const int64_t sizes[5] = {p.batch, p.map_height, p.map_width, p.heads, p.dim};
     int order[5] = {0, 1, 2, 3, 4};
     if (strided) std::shuffle(order, order + 5, random);
     int64_t step = strided && between(random, 0, 2) == 0 ? 2 : 1;
@@ -66,9 +66,15 @@ bool one(uint64_t seed) {
   p.kernel = int32_t(2 * between(random, 1, 6) + 1);
   p.dilation = int32_t(between(random, 0, 2) ? between(random, 1, 3) : between(random, 1, 8));
   p.bf16 = int32_t(between(random, 0, 1));
-  const auto size = [&] { return p.kernel * p.dilation + (between(random, 0, 1) ? between(random, 0, 2) : between(random, 0, 40)); };
-  p.height = size(), p.width = size();
-  if (between(random, 0, 30) == 0) p.width += 200;  // several strips
+  const int64_t reach = p.kernel * p.dilation;
+  const bool padded = between(random, 0, 2) == 0;
+  const auto size = [&] {
+    if (padded && between(random, 0, 2)) return between(random, 1, reach);
+    return reach + (between(random, 0, 1) ? between(random, 0, 2) : between(random, 0, 40));
+  };
+  p.map_height = size(), p.map_width = size();
+  if (between(random, 0, 30) == 0) p.map_width += 200;  // several strips
+  p.height = std::max(p.map_height, reach), p.width = std::max(p.map_width, reach);
   p.heads = between(random, 1, 3), p.dim = between(random, 1, 36), p.batch = between(random, 1, 2);
   while (p.batch * p.heads * p.height * p.width * p.kernel * p.kernel * p.dim > 20'000'000 && p.dim > 1) p.dim /= 2;
   p.scale = 1.f / std::sqrt(float(p.dim));
@@ -83,18 +89,27 @@ bool one(uint64_t seed) {
   p.rpb = bias ? rpb.data() : nullptr, p.grad_rpb = bias ? grad_rpb.data() : nullptr;
   p.query = query.view, p.key = key.view, p.value = value.view, p.out = out.view, p.grad_out = grad_out.view;
   p.grad_query = grad_query.view, p.grad_key = grad_key.view, p.grad_value = grad_value.view;
+  Na2dProblem pixel = p;
+  pixel.batch = pixel.map_height = pixel.map_width = 1;
+  const Array key_padding(random, pixel, strided), value_padding(random, pixel, strided);
+  std::vector<float> grad_padding(padded ? 2 * p.heads * p.dim : 0);
+  if (padded) {
+    p.key_padding = key_padding.view, p.value_padding = value_padding.view, p.grad_padding = grad_padding.data();
+    for (Na2dView* view : {&p.key_padding, &p.value_padding}) std::fill_n(view->stride, 3, 0);
+  }
 
   const int32_t threads = int32_t(between(random, 2, 4));
   std::vector<Array> before;
-  std::vector<float> table_before;
+  std::vector<float> table_before, padding_before;
   for (int i = 0; i < 2; ++i) {  // items depend on the number of threads, results of one number do not on who does what
     p.threads = threads;
     if (na2d_forward(&p) || na2d_backward(&p)) return std::printf("seed %llu: no memory\n", (unsigned long long)seed), false;
     calls += 2;
-    if (i && !(before == std::vector<Array>{out, grad_query, grad_key, grad_value} && table_before == grad_rpb))
+    if (i && !(before == std::vector<Array>{out, grad_query, grad_key, grad_value} && table_before == grad_rpb &&
+               padding_before == grad_padding))
       return std::printf("seed %llu: another result the second time\n", (unsigned long long)seed), false;
     before = {out, grad_query, grad_key, grad_value};
-    table_before = grad_rpb;
+    table_before = grad_rpb, padding_before = grad_padding;
   }
   p.threads = 1;
   if (na2d_forward(&p) || na2d_backward(&p)) return false;

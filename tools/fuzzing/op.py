@@ -17,15 +17,17 @@ from .core import Session
 
 LARGEST = 300_000  # products of one query and one key: what a case may cost
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_rpb")
+NAMES = ("out", "grad_query", "grad_key", "grad_value", "grad_rpb", "grad_padding")
 
 
 class Case(NamedTuple):
-    """One call. `qkv` and `grad_out` are ``[B, H, W, heads, dim]``, `rpb` is ``[heads, 2K-1, 2K-1]`` or None."""
+    """One call. `qkv` and `grad_out` are ``[B, H, W, heads, dim]``, `rpb` is ``[heads, 2K-1, 2K-1]`` or None, `padding`
+    ``[3, heads, dim]`` or None."""
 
     backend: str
     qkv: list[Tensor]
     rpb: Tensor | None
+    padding: Tensor | None
     grad_out: Tensor
     kernel_size: int
     dilation: int
@@ -40,7 +42,7 @@ class Case(NamedTuple):
         return (
             f"{self.backend} {self.instruction_set} {query.dtype} {list(query.shape)} strides {query.stride()} "
             f"K={self.kernel_size} d={self.dilation} scale={self.scale:.3g} {table} "
-            f"{self.threads} threads{' backward' * self.backward}"
+            f"{self.threads} threads{' backward' * self.backward}{' padding' * (self.padding is not None)}"
         )
 
 
@@ -55,12 +57,16 @@ def draw(seed: int) -> list[Case]:
     reach = kernel_size * dilation
     more = [0, 0, 1, rng.randint(0, dilation), rng.randint(0, reach), rng.randint(0, extent // 3)]
     height, width = reach + rng.choice(more), reach + rng.choice(more)
+    padded = rng.random() < 0.3
+    if padded:
+        height, width = (rng.choice([size, rng.randint(1, reach)]) for size in (height, width))
     heads, dim, batch = (
         rng.choice([1, 1, 2, 3, 5]),
         rng.choice([1, 2, 3, 8, 12, 16, 20, 32, 33]),
         rng.choice([1, 1, 2, 3]),
     )
-    while batch * heads * height * width * kernel_size**2 * dim > LARGEST and max(batch, heads, dim) > 1:
+    area = max(height, reach) * max(width, reach)
+    while batch * heads * area * kernel_size**2 * dim > LARGEST and max(batch, heads, dim) > 1:
         batch, heads, dim = (max(1, size // 2) for size in (batch, heads, dim))
     batch = 0 if rng.random() < 0.02 else batch
     shape = (batch, height, width, heads, dim)
@@ -69,6 +75,9 @@ def draw(seed: int) -> list[Case]:
     qkv = [_strided(rng, generator, shape, dtype, magnitude) for _ in range(3)]
     if rng.random() < 0.4:  # of one projection, as the module has them
         qkv = list((magnitude * torch.randn((*shape[:3], 3, *shape[3:]), generator=generator)).to(dtype).unbind(3))
+    padding = None
+    if padded:
+        padding = _strided(rng, generator, (1, 1, 3, heads, dim), dtype, magnitude)[0, 0]
     grad_out = _strided(rng, generator, shape, dtype, 1.0)
     if rng.random() < 0.1:  # of a sum or a mean
         grad_out = torch.ones((), dtype=dtype).expand(shape)
@@ -82,7 +91,7 @@ def draw(seed: int) -> list[Case]:
         asked = [t.detach().requires_grad_(backward) for t in qkv]
         backends = [n for n, b in BACKENDS.items() if not b.unsupported(asked, rpb, kernel_size, dilation, 1.0)]
     scale = rng.choice([dim**-0.5, dim**-0.5, rng.uniform(0.01, 2.0)])
-    call = Case("", qkv, rpb, grad_out, kernel_size, dilation, scale, 1, "", backward)
+    call = Case("", qkv, rpb, padding, grad_out, kernel_size, dilation, scale, 1, "", backward)
     cases = [call._replace(backend=backend) for backend in backends if backend != "cpu"]
     if "cpu" in backends:
         sets = [n for n in INSTRUCTION_SETS if BACKENDS["cpu"].use_instruction_set(n)]  # type: ignore[attr-defined]
@@ -127,8 +136,17 @@ def rounds_weights(case: Case) -> bool:
 
 def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """Output and gradients in float64, and how much each element may be off."""
-    query, key, value, grad_out = (t.double().permute(0, 3, 1, 2, 4).flatten(2, 3) for t in (*case.qkv, case.grad_out))
-    batch, height, width, heads, dim = case.qkv[0].shape
+    batch, map_height, map_width, heads, dim = case.qkv[0].shape
+    height, width = map_height, map_width
+    tensors = [t.double() for t in (*case.qkv, case.grad_out)]
+    if case.padding is not None:
+        reach = case.kernel_size * case.dilation
+        height, width = max(height, reach), max(width, reach)
+        for i, outside in enumerate((*case.padding.double(), torch.zeros(heads, dim, dtype=torch.float64))):
+            whole = outside.expand(batch, height, width, heads, dim).clone()
+            whole[:, :map_height, :map_width] = tensors[i]
+            tensors[i] = whole
+    query, key, value, grad_out = (t.permute(0, 3, 1, 2, 4).flatten(2, 3) for t in tensors)
     K, span = case.kernel_size, 2 * case.kernel_size - 1
     (rows, row_bias), (columns, column_bias) = (neighbors(size, K, case.dilation) for size in (height, width))
     index = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # [HW, K*K]
@@ -192,12 +210,33 @@ def expected(case: Case) -> tuple[list[Tensor], list[Tensor]]:
         terms = min(batch * height * width, 64) + 8
         maps[0].append(onto_table(ds))
         maps[1].append(onto_table(e_ds + terms * u * ds.abs()) + 2 * last * maps[0][-1].abs())
+    if case.padding is not None:
+        terms = min(batch * height * width * K * K, 64) + 8
+        sizes = case.scale * onto_keys(ds.abs(), q_), onto_keys(p, g_)
+        bounds = [bound + terms * u * size for bound, size in zip(bounds[2:], sizes, strict=True)]
+        last = torch.finfo(dtype).eps
+        sums = [_outside(t, height, width, map_height, map_width) for t in (*results[2:], *bounds)]
+        nothing = torch.zeros_like(sums[0])
+        maps[0].append(torch.stack([nothing, *sums[:2]]))
+        maps[1].append(torch.stack([nothing, *sums[2:]]) + 2 * last * maps[0][-1].abs())
+    for tensors in maps:
+        tensors[:4] = [t[:, :map_height, :map_width] for t in tensors[:4]]
     return maps[0], maps[1]
+
+
+def _outside(keys: Tensor, height: int, width: int, map_height: int, map_width: int) -> Tensor:
+    """``[B, heads, height * width, dim]`` summed over images and over what is outside of the map: ``[heads, dim]``."""
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[:map_height, :map_width] = True
+    return keys[:, :, ~inside.flatten()].sum((0, 2))
 
 
 def compute(case: Case) -> list[Tensor]:
     """Output and gradients of the backend."""
-    inputs = [t.detach().requires_grad_() for t in (*case.qkv, case.rpb) if t is not None]
+    query, key, value, rpb, padding = (
+        None if t is None else t.detach().requires_grad_() for t in (*case.qkv, case.rpb, case.padding)
+    )
+    inputs = [t for t in (query, key, value, rpb, padding) if t is not None]
     settings = dict(kernel_size=case.kernel_size, dilation=case.dilation, scale=case.scale, backend=case.backend)
     if case.instruction_set:
         BACKENDS["cpu"].use_instruction_set(case.instruction_set)  # type: ignore[attr-defined]
@@ -205,8 +244,11 @@ def compute(case: Case) -> list[Tensor]:
     torch.set_num_threads(case.threads)
     try:
         with torch.set_grad_enabled(case.backward):
-            out = neighborhood_attention_2d(*inputs, **settings)  # type: ignore[arg-type]
-        return [out.detach(), *(torch.autograd.grad(out, inputs, case.grad_out) if case.backward else ())]
+            out = neighborhood_attention_2d(query, key, value, rpb, padding=padding, **settings)  # type: ignore[arg-type]
+        return [
+            out.detach(),
+            *(torch.autograd.grad(out, inputs, case.grad_out, materialize_grads=True) if case.backward else ()),
+        ]
     finally:
         torch.set_num_threads(before)
 
@@ -224,7 +266,8 @@ def compare(cases: list[Case]) -> list[float]:
         if rounding not in references:
             references[rounding] = expected(case)
         largest = 0.0
-        for name, got, reference, bound in zip(NAMES, compute(case), *references[rounding], strict=False):
+        names = [name for name in NAMES if name != "grad_rpb" or case.rpb is not None]
+        for name, got, reference, bound in zip(names, compute(case), *references[rounding], strict=False):
             assert got.shape == reference.shape, f"{name} has shape {list(got.shape)}; {case}"
             if got.numel():
                 # not exceeding NaN is no pass

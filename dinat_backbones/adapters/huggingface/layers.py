@@ -12,7 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...attention import NeighborhoodAttention2D, project
+from ...attention import NeighborhoodAttention2D
 from ...backbone import BackboneBase
 from ...layers import Block, ConvDownsampler, ConvTokenizer, Stage, drop_path_rates, normed, per_sample
 from ...mlp import in_pieces, large_on_cpu, plain
@@ -80,9 +80,8 @@ class NatSelfAttention(NeighborhoodAttention2D):
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=config.qkv_bias) for _ in range(3))
         self.proj = nn.Identity()  # type: ignore[assignment]  # `NatAttention` has it
 
-    def _project(self, x, reach):
-        heads, layers = (self.num_heads, self.head_dim), (self.query, self.key, self.value)
-        return tuple(project(layer, x, reach).unflatten(-1, heads) for layer in layers)
+    def _projections(self) -> tuple[nn.Linear, ...]:
+        return self.query, self.key, self.value
 
 
 @per_sample

@@ -129,7 +129,7 @@ class _Launcher:
     """Launches the kernels of one call: their common arguments, grid and tiles."""
 
     def __init__(self, call: Call):
-        query, key, value, rpb, kernel_size, dilation, scale = call
+        query, key, value, rpb, kernel_size, dilation, scale, _ = call
         if query.stride(-1) != 1 or not query.stride() == key.stride() == value.stride():
             query, key, value = (t.contiguous() for t in (query, key, value))
         batch, self.height, self.width, self.heads, self.dim = query.shape
@@ -240,7 +240,13 @@ class TritonBackend(CompiledBackend):
         launcher.launch("forward", *launcher.inputs, out, lse)
 
     def backward(
-        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
+        self,
+        call: Call,
+        grad_out: torch.Tensor,
+        saved: Saved,
+        grad_qkv: torch.Tensor,
+        grad_rpb: torch.Tensor | None,
+        grad_padding: torch.Tensor | None = None,  # always None: these kernels do not pad
     ) -> None:
         """See `CompiledBackend`.
 

@@ -71,7 +71,7 @@ def _errors(
         grad_qkv, grad_rpb = torch.empty_like(qkv), torch.zeros_like(rpb)
         backend.backward(call, grad_out, Saved(out, lse), grad_qkv, grad_rpb)
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value, rpb)]
-    expected_out = plain_attention(exact[:3], exact[3], *call[4:])
+    expected_out = plain_attention(exact[:3], exact[3], *call[4:7])
     expected = [expected_out, *torch.autograd.grad(expected_out, exact, grad_out.double())]
     got = [out, *grad_qkv.unbind(3), grad_rpb]
     return {

@@ -25,6 +25,7 @@ class CPUBackend(CompiledBackend):
 
     dispatch_key = "CPU"
     keeps_lse = False
+    pads = True
 
     def __init__(self, name: str):
         self.library, self.missing = library.load()  # at import, so that torch.compile finds a constant
@@ -70,21 +71,28 @@ class CPUBackend(CompiledBackend):
 
     def forward(self, call: Call, out: torch.Tensor, lse: torch.Tensor) -> None:
         """See `CompiledBackend`."""
-        problem, _rpb = _problem(call)
+        problem, _kept = _problem(call)
         library.view(out, problem.out)
         self._run("na2d_forward", problem, out)
 
     def backward(
-        self, call: Call, grad_out: torch.Tensor, saved: Saved, grad_qkv: torch.Tensor, grad_rpb: torch.Tensor | None
+        self,
+        call: Call,
+        grad_out: torch.Tensor,
+        saved: Saved,
+        grad_qkv: torch.Tensor,
+        grad_rpb: torch.Tensor | None,
+        grad_padding: torch.Tensor | None,
     ) -> None:
         """See `CompiledBackend`."""
-        problem, _rpb = _problem(call)
+        problem, _kept = _problem(call)
         library.view(grad_out, problem.grad_out)
         for grad, view in zip(
             grad_qkv.unbind(3), (problem.grad_query, problem.grad_key, problem.grad_value), strict=True
         ):
             library.view(grad, view)
         problem.grad_rpb = None if grad_rpb is None else grad_rpb.data_ptr()
+        problem.grad_padding = None if grad_padding is None else grad_padding.data_ptr()
         self._run("na2d_backward", problem, grad_out)
 
     def _run(self, function: str, problem: library.Problem, like: torch.Tensor) -> None:
@@ -94,13 +102,20 @@ class CPUBackend(CompiledBackend):
 
 def _problem(call: Call) -> tuple[library.Problem, torch.Tensor | None]:
     """The C struct of a call, and the contiguous float32 rpb it points to, which must be kept alive during the call."""
-    query, key, value, rpb, kernel_size, dilation, scale = call
-    problem = library.Problem(*query.shape, kernel_size, dilation, query.dtype == torch.bfloat16)
+    query, key, value, rpb, kernel_size, dilation, scale, padding = call
+    batch, height, width, heads, head_dim = query.shape
+    reach = kernel_size * dilation
+    padded = max(height, reach), max(width, reach)
+    sizes = batch, *padded, height, width, heads, head_dim
+    problem = library.Problem(*sizes, kernel_size, dilation, query.dtype == torch.bfloat16)
     problem.threads, problem.scale = torch.get_num_threads(), scale
     problem.parallel = openmp.parallel()
     library.view(query, problem.query)
     library.view(key, problem.key)
     library.view(value, problem.value)
+    if padding is not None:
+        library.view_of_pixel(padding[1], problem.key_padding)
+        library.view_of_pixel(padding[2], problem.value_padding)
     if rpb is not None:
         rpb = rpb.detach().to(torch.float32).contiguous()
         problem.rpb = rpb.data_ptr()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 2  # NA2D_INTERFACE of csrc/na2d.h
+INTERFACE = 3  # NA2D_INTERFACE of csrc/na2d.h
 PATH = Path(__file__).with_name("_na2d.dll" if os.name == "nt" else "_na2d.so")
 REBUILD = "rebuild it with `python setup.py build_ext --inplace` in a checkout, or reinstall dinat_backbones"
 
@@ -23,17 +23,25 @@ def view(tensor: torch.Tensor, into: View) -> None:
     into.stride[:] = tensor.stride()
 
 
+def view_of_pixel(tensor: torch.Tensor, into: View) -> None:
+    """The same for ``[heads, dim]``, which stands for all pixels of a map."""
+    into.data = tensor.data_ptr()
+    into.stride[:] = (0, 0, 0, *tensor.stride())
+
+
 class Problem(ctypes.Structure):
     """Na2dProblem of csrc/na2d.h, field by field; `load` compares the sizes of both."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "map_height", "map_width", "heads", "dim")),
         *((name, ctypes.c_int32) for name in ("kernel", "dilation", "bf16", "threads")),
         ("scale", ctypes.c_float),
         ("rpb", ctypes.c_void_p),
         *((name, View) for name in ("query", "key", "value", "out")),
+        *((name, View) for name in ("key_padding", "value_padding")),
         *((name, View) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
         ("grad_rpb", ctypes.c_void_p),
+        ("grad_padding", ctypes.c_void_p),
         ("parallel", ctypes.c_void_p),
     ]
 

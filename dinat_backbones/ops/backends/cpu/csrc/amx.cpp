@@ -58,13 +58,13 @@ struct Block {
 
 // One group of columns: column = group + position * dilation.
 struct ColumnGroup {
-  int64_t group, length;
+  int64_t group, length, inside;  // inside: how many of its columns are in the map
   std::vector<Block> blocks;
   std::vector<int64_t> keys;  // the first key of each tile of a key row: one tile where the row is short
 
   // For the queries at positions [from, to). `in_halves`: tiles begin at multiples of half their keys, one after the other.
   ColumnGroup(const Na2dProblem& p, int64_t group, int64_t from, int64_t to, bool in_halves)
-      : group(group), length(group_length(p.width, p.dilation, group)) {
+      : group(group), length(group_length(p.width, p.dilation, group)), inside(group_length(p.map_width, p.dilation, group)) {
     for (int64_t query = from; query < to; query += blocks.back().count) {
       const int64_t start = window_start(query, length, p.kernel);
       const int64_t key = length <= p.kernel + kHalf ? 0 : in_halves ? start / kHalf * kHalf : start;
@@ -116,13 +116,17 @@ struct Finite {
 // One head of a map, row by row.
 struct Pixels {
   const Na2dView& view;
-  const int64_t dim, dilation;
+  const int64_t dim, dilation, rows;  // rows: those of the group that are in the map
   const Half* const head;
+  const Half* const padding;  // the pixel outside of the map; null for queries, which are all in it
+  const int64_t padding_step;
 
-  Pixels(const Na2dView& view, const Na2dProblem& p, const Item& item)
-      : view(view), dim(p.dim), dilation(p.dilation),
+  Pixels(const Na2dView& view, const Na2dProblem& p, const Item& item, const Na2dView* outside = nullptr)
+      : view(view), dim(p.dim), dilation(p.dilation), rows(group_length(p.map_height, p.dilation, item.group)),
         head(static_cast<const Half*>(view.data) + item.batch * view.stride[0] + item.group * view.stride[1] +
-             item.head * view.stride[3]) {}
+             item.head * view.stride[3]),
+        padding(outside ? static_cast<const Half*>(outside->data) + item.head * outside->stride[3] : nullptr),
+        padding_step(outside ? outside->stride[4] : 0) {}
 
   const Half* at(int64_t row, int64_t column) const { return head + row * dilation * view.stride[1] + column * view.stride[2]; }
 
@@ -137,13 +141,15 @@ struct Pixels {
   void load_pixels(const ColumnGroup& columns, int64_t row, int64_t position, int64_t count, int64_t d, __m512i (&out)[Most]) const {
     const Half* pixel = at(row, columns.group + position * dilation) + d * view.stride[4];
     const int64_t step = dilation * view.stride[2], there = std::min<int64_t>(count, columns.length - position);
-    if (there == Most && view.stride[4] == 1 && dim - d >= kChunk) {
+    const int64_t inside = row < rows ? std::min(there, columns.inside - position) : 0;
+    if (inside == Most && view.stride[4] == 1 && dim - d >= kChunk) {
       NA2D_UNROLL(16)
       for (int i = 0; i < Most; ++i) out[i] = _mm512_loadu_si512(pixel + i * step);
       return;
     }
+    const __m512i outside = inside < there ? load_dims(padding + d * padding_step, padding_step, dim - d) : _mm512_setzero_si512();
     for (int64_t i = 0; i < Most; ++i, pixel += step)
-      out[i] = i < there ? load_dims(pixel, view.stride[4], dim - d) : _mm512_setzero_si512();
+      out[i] = i < inside ? load_dims(pixel, view.stride[4], dim - d) : i < there ? outside : _mm512_setzero_si512();
   }
 
   // Dims [d, d + 32) of one of them, in two vectors of 16; with `InFours`, every other four dims are in the first one.
@@ -459,7 +465,7 @@ struct FetchAhead {
 // Fetches all rows of an item in the order of addresses: its groups of columns take them in leaps, which memory answers slowly.
 inline void fetch_rows(const Na2dProblem& p, const Item& item, int64_t begin, int64_t end, std::initializer_list<const Pixels*> maps) {
   if (p.dilation == 1) return;
-  for (int64_t row = begin; row < end; ++row)
+  for (int64_t row = begin; row < std::min(end, group_length(p.map_height, p.dilation, item.group)); ++row)
     for (int64_t column = item.column_begin; column < item.column_end; ++column)
       for (const Pixels* map : maps) prefetch_to_l2(map->at(row, column));
 }
@@ -493,7 +499,7 @@ struct Forward {
 
   Forward(const Na2dProblem& p, const Item& item, Scratch scratch)
       : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
-        keys(p.key, p, item), values(p.value, p, item), out(p.out, p, item),
+        keys(p.key, p, item, &p.key_padding), values(p.value, p, item, &p.value_padding), out(p.out, p, item),
         softmax(p, item.head, scratch.take(Softmax<K>::kFloats)), weights(scratch.take(Weights<K>::kFloats)),
         products(scratch.take(kKeyRows * kTileFloats)), inverse(scratch.take(L)), query_tile(scratch.take(chunks * kTileFloats)),
         sums(scratch.take(2 * chunks * kTileFloats)), tiles(scratch.next) {}
@@ -569,19 +575,19 @@ struct Backward {
   float* const right;                             // right-hand sides of sums over queries: [key row][query of either half][key]
   float *const query_tile, *const grad_out_tile;  // left-hand sides, [half][chunk][query][dim]
   float *const query_dims, *const grad_out_dims;  // left-hand sides of sums over queries: [dim][query of either half]
-  float *const sums, *const tiles;
+  float *const sums, *const padding_sums, *const tiles;  // padding_sums: [key or value][chunk][every other dim]
   bool owned[kTile];
   int64_t flushed;
 
   static int64_t floats(const Na2dProblem& p, int64_t columns) {
     const int64_t positions = std::min((p.width + p.dilation - 1) / p.dilation, columns / p.dilation + 1 + 2 * (K - 1));
     return Softmax<K>::kFloats + 2 * kHalves * Weights<K>::kFloats + kTable + 2 * kProducts + L + 2 * kKeyRows * kTileFloats +
-           chunks_of(p) * kTileFloats * (2 * kHalves + 4 + 2 + 7 * kKeyRows * key_tiles_of(positions));
+           chunks_of(p) * (4 * L + kTileFloats * (2 * kHalves + 4 + 2 + 7 * kKeyRows * key_tiles_of(positions)));
   }
 
   Backward(const Na2dProblem& p, const Item& item, Scratch scratch)
       : p(p), item(item), chunks(chunks_of(p)), length(group_length(p.height, p.dilation, item.group)), queries(p.query, p, item),
-        keys(p.key, p, item), values(p.value, p, item), grad_out(p.grad_out, p, item), grad_queries(p.grad_query, p, item),
+        keys(p.key, p, item, &p.key_padding), values(p.value, p, item, &p.value_padding), grad_out(p.grad_out, p, item), grad_queries(p.grad_query, p, item),
         grad_keys(p.grad_key, p, item), grad_values(p.grad_value, p, item),
         softmax(p, item.head, scratch.take(Softmax<K>::kFloats)),
         weights{Weights<K>(scratch.take(Weights<K>::kFloats)), Weights<K>(scratch.take(Weights<K>::kFloats))},
@@ -590,30 +596,40 @@ struct Backward {
         inverse(scratch.take(L)), right(scratch.take(2 * kKeyRows * kTileFloats)),
         query_tile(scratch.take(kHalves * chunks * kTileFloats)), grad_out_tile(scratch.take(kHalves * chunks * kTileFloats)),
         query_dims(scratch.take(2 * chunks * kTileFloats)), grad_out_dims(scratch.take(2 * chunks * kTileFloats)),
-        sums(scratch.take(2 * chunks * kTileFloats)), tiles(scratch.next) {
+        sums(scratch.take(2 * chunks * kTileFloats)), padding_sums(scratch.take(4 * chunks * L)), tiles(scratch.next) {
     std::fill_n(table, kTable, 0.f);
+    std::fill_n(padding_sums, 4 * chunks * L, 0.f);
     std::fill_n(query_tile, 2 * kHalves * chunks * kTileFloats, 0.f);
   }
 
-  // False when a query, key or gradient of the output is not finite; some gradients may be stored then, none is in grad_rpb.
-  bool run(float* grad_rpb) {
+  // False when a query, key or gradient of the output is not finite; some gradients may be stored then, none is in `results`.
+  bool run(float* results) {
     const TilesInUse in_use;
     fetch_rows(p, item, first_query(item.row_begin, K), last_query(item.row_end - 1, length, K) + 1, {&queries, &keys, &values, &grad_out});
     for (int64_t group = 0; group < p.dilation; ++group) {
       const int64_t from = position_of(p, group, item.column_begin), to = position_of(p, group, item.column_end);
       if (from < to && !run(group, from, to)) return false;
     }
-    Windows<K>::for_cells([&](int64_t at, int64_t cell) { grad_rpb[cell] += table[at]; });
+    Windows<K>::for_cells([&](int64_t at, int64_t cell) { results[cell] += table[at]; });
+    if (!p.grad_padding) return true;
+    results += Windows<K>::kSpan * Windows<K>::kSpan;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      const int64_t at = (d / kChunk * 2 + d % 2) * L + d % kChunk / 2;
+      results[d] += padding_sums[at] * p.scale;
+      results[p.dim + d] += padding_sums[2 * chunks * L + at];
+    }
     return true;
   }
 
   // For the keys, and queries, at positions [from, to) of a group of columns.
   bool run(int64_t group, int64_t from, int64_t to) {
     const int64_t width = group_length(p.width, p.dilation, group);
-    const ColumnGroup columns(p, group, first_query(from, K), last_query(to - 1, width, K) + 1, true);
+    const int64_t queries_end = std::min(last_query(to - 1, width, K) + 1, group_length(p.map_width, p.dilation, group));
+    const ColumnGroup columns(p, group, first_query(from, K), queries_end, true);
     const KeyTiles layout(columns, chunks, kKeyRows);
     const int64_t tile = chunks * kTileFloats, all_tiles = layout.floats();
-    const int64_t first_row = first_query(item.row_begin, K), stop_row = last_query(item.row_end - 1, length, K) + 1;
+    const int64_t first_row = first_query(item.row_begin, K);
+    const int64_t stop_row = std::min(last_query(item.row_end - 1, length, K) + 1, queries.rows);
     const int64_t phase = (first_row + K / 2) % 2;
     const auto slot = [&](int64_t key_row) { return (key_row + phase) % kKeyRows; };
     float *const key_tiles = tiles, *const value_tiles = key_tiles + all_tiles, *const paired_keys = value_tiles + all_tiles;
@@ -665,6 +681,7 @@ struct Backward {
           };
           differentiate(block, rows, weights[half], gradients[half], fetch_both(queries, grad_out, kRows),
                         fetch_both(keys, values, all.stop - row));
+          if (p.grad_padding) add_padding(columns, block, rows, gradients[half], weights[half], left, grad_left);
           sum_up<kKeyRows>(gradients[half].tiles, paired_keys + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
           store_sums(sums, chunks, columns, block, half_row, rows, grad_queries, [&](int64_t q) { return owned[q]; },
                      [&](int64_t) { return p.scale; });
@@ -722,6 +739,37 @@ struct Backward {
         if (owned[q]) store(cells + i * L, load(cells + i * L) + gradient);
       }
     });
+  }
+
+  // Adds up the gradients of the padding over the owned queries of a block.
+  void add_padding(const ColumnGroup& columns, const Block& block, const Queries& rows, const Weights<K>& gradients,
+                   const Weights<K>& weights, const float* query_pixels, const float* grad_out_pixels) const {
+    if (rows.stop <= keys.rows && block.key + kTile <= columns.inside) return;
+    const int64_t inside = std::clamp<int64_t>(columns.inside - block.key, 0, kTile);
+    const uint32_t right = 0xffffu & 0xffffu << inside;  // keys of a row that are outside of the map
+    const auto add = [&](const float* tiles, const float* pixels, float* target) {
+      Vec sums_of[kTile] = {};  // of each query over those keys
+      for (int64_t i = 0; i < rows.pairs(); ++i) {
+        const int64_t row = rows.base + 2 * i;
+        const __mmask32 outside = (row < keys.rows ? right : 0xffffu) | (row + 1 < keys.rows ? right : 0xffffu) << kTile;
+        const __m512bh ones = (__m512bh)_mm512_maskz_set1_epi16(outside, 0x3f80);
+        for (int q = 0; q < kTile; ++q)
+          sums_of[q] = Vec(_mm512_dpbf16_ps(__m512(sums_of[q]), (__m512bh)load(tiles + i * kTileFloats + q * L), ones));
+      }
+      alignas(64) float factors[kTile];
+      store(factors, reduce(sums_of, plus));
+      for_queries(block, rows, [&](int64_t q, int64_t, int64_t) {
+        if (!owned[q] || factors[q] == 0) return;
+        for (int64_t c = 0; c < chunks; ++c) {
+          const UintVec dims = as_uint(load(pixels + c * kTileFloats + q * L));
+          float* const to = target + c * 2 * L;
+          store(to, load(to) + splat(factors[q]) * as_float(dims << 16));
+          store(to + L, load(to + L) + splat(factors[q]) * as_float(dims & splat(0xffff0000u)));
+        }
+      });
+    };
+    add(gradients.tiles, query_pixels, padding_sums);
+    add(weights.tiles, grad_out_pixels, padding_sums + 2 * chunks * L);
   }
 
   // Left-hand sides of sums over keys to right-hand sides of sums over queries: those of the two halves in turns.
@@ -828,10 +876,10 @@ void forward(const Na2dProblem& p, const Columns& columns, const Item& item, flo
   if (!done) avx512_bf16.forward(p, columns, item, scratch);
 }
 
-void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
+void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* sums) {
   const bool done =
-      fits(p) && with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>(p, item, Scratch{scratch}).run(grad_rpb); });
-  if (!done) avx512_bf16.backward(p, columns, item, scratch, grad_rpb);
+      fits(p) && with_kernel(p.kernel, [&](auto K) { return Backward<decltype(K)::value>(p, item, Scratch{scratch}).run(sums); });
+  if (!done) avx512_bf16.backward(p, columns, item, scratch, sums);
 }
 
 // What is in scratch is best read from the L2 cache. It is enough for the other kernels, too, which take over where a value is not

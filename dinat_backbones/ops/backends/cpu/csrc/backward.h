@@ -9,7 +9,7 @@
 namespace na2d {
 namespace {
 
-// An item owns its queries (grad_query, grad_rpb) and the keys at the same places (grad_key, grad_value). It recomputes
+// An item owns its queries (grad_query, grad_rpb, grad_padding) and the keys at the same places (grad_key, grad_value). It recomputes
 // the weights of every query that attends to those keys, so that no two items write to one place.
 template <class T>
 struct Backward {
@@ -20,6 +20,7 @@ struct Backward {
   const PixelRows<T> keys, queries, grad_out;
   float *values, *grad_out_planes;                   // planes, like the tile's keys and queries
   float *logits, *inverse, *grad_logits, *table;
+  float* padding_sums;                               // [key or value][dim][lane]
   float *grad_queries, *grad_keys, *grad_values;     // pixels
   int64_t flushed;
   Gather sums;
@@ -45,16 +46,16 @@ struct Backward {
     const int64_t ld = leading(queries + 3 * L);
     return Tile<T>::floats(p, queries) + ring * (planes * leading(keys + 3 * L) + dims * keys) +
            kRows * (planes * ld + 2 * dims * queries) + kRows * (2 * K * span + 1) * ld + (kRows + 2 * ring) * dims * columns +
-           span * span * L;
+           span * span * L + 2 * kLaneDims<T> * planes * L;
   }
 
   Backward(const Na2dProblem& p, const Columns& columns, const Item& item, float*& scratch)
       : tile(p, columns, item, query_begin(p, columns, item), query_end(p, columns, item), scratch), p(p), item(item),
         dims(tile.vector_dims), ld(tile.query_ld), own_columns(item.column_end - item.column_begin), own_row(own_columns * dims),
         own_from((item.column_begin - tile.begin) / L), own_to(own_from + (own_columns + L - 1) / L),
-        keys(p, p.key, item, tile.key_begin, tile.key_end, tile.ring, scratch),
-        queries(p, p.query, item, tile.begin, tile.end, kRows, scratch),
-        grad_out(p, p.grad_out, item, tile.begin, tile.end, kRows, scratch), flushed(item.row_begin) {
+        keys(p, p.key, &p.key_padding, item, tile.key_begin, tile.key_end, tile.ring, scratch),
+        queries(p, p.query, nullptr, item, tile.begin, tile.end, kRows, scratch),
+        grad_out(p, p.grad_out, nullptr, item, tile.begin, tile.end, kRows, scratch), flushed(item.row_begin) {
     values = tile.allocate_planes(scratch, tile.ring * tile.dims, tile.key_ld, tile.key_end - tile.key_begin);
     grad_out_planes = tile.allocate_planes(scratch, kRows * tile.dims, ld, tile.end - tile.begin);
     logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
@@ -66,9 +67,13 @@ struct Backward {
     std::fill(grad_keys, grad_keys + 2 * tile.ring * own_row, 0.f);
     table = tile.allocate(scratch, tile.span * tile.span * L);
     std::fill(table, table + tile.span * tile.span * L, 0.f);
+    padding_sums = tile.allocate(scratch, 2 * padding_dims() * L);
+    std::fill(padding_sums, padding_sums + 2 * padding_dims() * L, 0.f);
     if constexpr (kPairs<T>)
       for (int64_t v = 0; v < tile.vectors; ++v) inner.push_back(is_inner(v));
   }
+
+  int64_t padding_dims() const { return kLaneDims<T> * tile.dims; }
 
   // Weights become final in place of the logits; gradients of the weights become gradients of the logits.
   void softmax_gradient() {
@@ -103,6 +108,51 @@ struct Backward {
   }
 
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
+
+  // Adds up the gradients of the padding over the owned queries.
+  void add_padding() {
+    alignas(64) static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const IntVec lanes = load(numbers);
+    for (int64_t v = own_from; v < own_to; ++v) {
+      const Range& reach = tile.ranges[v];
+      const int64_t x = tile.begin + v * L;
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        if (!owns(tile.row + r)) continue;
+        const int64_t top = tile.start(tile.row + r);
+        if (tile.map_row(top + tile.K - 1) < p.map_height && x + L - 1 + reach.high * p.dilation < p.map_width) continue;
+        Vec weight{}, gradient{};  // of each query, its sums over keys outside of the map
+        for (int64_t i = 0; i < tile.K; ++i) {
+          int64_t at = tile.logit_index(r, i, reach.low, ld) + v * L;
+          for (int64_t delta = reach.low; delta <= reach.high; ++delta, at += ld) {
+            const int64_t column = x + delta * p.dilation;
+            const int64_t inside = padding_begin(p, tile.map_row(top + i), column, column + L) - column;
+            if (inside == L) continue;
+            const auto outside = lanes > splat(int32_t(inside) - 1);
+            weight += select(outside, load(logits + at), Vec{});
+            gradient += select(outside, load(grad_logits + at), Vec{});
+          }
+        }
+        add_padding_of(gradient, tile.queries + r * tile.dims * ld + v * L, padding_sums);
+        add_padding_of(weight, grad_out_planes + r * tile.dims * ld + v * L, padding_sums + padding_dims() * L);
+      }
+    }
+  }
+  // target[dim] += factor * plane[dim]
+  void add_padding_of(Vec factor, const float* plane, float* target) const {
+    const auto add = [&](Vec values) {
+      store(target, load(target) + select(factor == Vec{}, Vec{}, factor * values));
+      target += L;
+    };
+    for (int64_t row = 0; row < tile.dims; ++row, plane += ld) {
+      if constexpr (kPairs<T>) {
+        const UintVec bits = as_uint(load(plane));
+        add(as_float(bits << 16));
+        add(as_float(bits & splat(0xffff0000u)));
+      } else {
+        add(load(plane));
+      }
+    }
+  }
 
   // Whether all keys that the queries of a vector attend to are so far from the borders that K / 2 queries on either side attend
   // to them.
@@ -169,11 +219,12 @@ struct Backward {
       }
   }
 
-  void run(float* grad_rpb) {
-    const int64_t first = first_query(item.row_begin, tile.K), stop = last_query(item.row_end - 1, tile.length, tile.K) + 1;
+  void run(float* results) {
+    const int64_t first = first_query(item.row_begin, tile.K), queries_end = group_length(p.map_height, p.dilation, item.group);
+    const int64_t stop = std::min(last_query(item.row_end - 1, tile.length, tile.K) + 1, queries_end);
     for (int64_t row = first; row < stop; row += tile.rows) {
       tile.advance(row, stop, [&](int64_t k) {
-        tile.pack_keys(p.value, k, values);
+        tile.pack_keys(p.value, p.value_padding, k, values);
         keys.fetch(tile.slot(k), tile.map_row(k));
       });
       tile.pack_queries(p.grad_out, 1, grad_out_planes);
@@ -185,6 +236,7 @@ struct Backward {
       tile.template softmax<false>(logits, inverse, ld, 0, tile.vectors);
       tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);
       softmax_gradient();
+      if (p.grad_padding) add_padding();
       if constexpr (kPairs<T>) pair_queries(logits);
       scatter(logits, grad_out, grad_values);
       if (row < item.row_end && row + tile.rows > item.row_begin) {
@@ -197,10 +249,18 @@ struct Backward {
       scatter(grad_logits, queries, grad_keys);
       flush(row + tile.rows < stop ? tile.start(row + tile.rows) : item.row_end);
     }
-    for (int64_t t = 0; t < tile.span * tile.span; ++t) {
+    const auto sum_of_lanes = [](const float* lanes) {
       float sum = 0;
-      for (int lane = 0; lane < L; ++lane) sum += table[t * L + lane];
-      grad_rpb[t] += sum;
+      for (int lane = 0; lane < L; ++lane) sum += lanes[lane];
+      return sum;
+    };
+    const int64_t cells = tile.span * tile.span;
+    for (int64_t t = 0; t < cells; ++t) results[t] += sum_of_lanes(table + t * L);
+    if (!p.grad_padding) return;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      const float scale = kPairs<T> ? p.scale : 1;  // float32 queries were multiplied by it
+      results[cells + d] += sum_of_lanes(padding_sums + d * L) * scale;
+      results[cells + p.dim + d] += sum_of_lanes(padding_sums + (padding_dims() + d) * L);
     }
   }
 };

@@ -32,7 +32,7 @@ template <class T>
 void forward_item(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   Tile<T> tile(p, columns, item, item.column_begin, item.column_end, scratch);
   const int64_t ld = leading(kGroup * L), out_row = kGroup * L * tile.vector_dims;
-  const PixelRows<T> values(p, p.value, item, tile.key_begin, tile.key_end, tile.ring, scratch);
+  const PixelRows<T> values(p, p.value, &p.value_padding, item, tile.key_begin, tile.key_end, tile.ring, scratch);
   float* const logits = tile.allocate(scratch, kRows * tile.K * tile.span * ld);
   float* const inverse = tile.allocate(scratch, kRows * ld);
   float* const out = tile.allocate(scratch, kRows * out_row);
@@ -58,8 +58,8 @@ constexpr const Kernels& float32 = avx512;
 void forward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch) {
   forward_item<float>(p, columns, item, scratch);
 }
-void backward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
-  Backward<float>(p, columns, item, scratch).run(grad_rpb);
+void backward_float32(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* sums) {
+  Backward<float>(p, columns, item, scratch).run(sums);
 }
 constexpr Kernels float32 = {forward_float32, backward_float32, forward_need_of<float>, backward_need_of<float>, ""};
 #endif
@@ -71,11 +71,11 @@ void forward(const Na2dProblem& p, const Columns& columns, const Item& item, flo
     float32.forward(p, columns, item, scratch);
 }
 
-void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* grad_rpb) {
+void backward(const Na2dProblem& p, const Columns& columns, const Item& item, float* scratch, float* sums) {
   if (p.bf16)
-    Backward<Half>(p, columns, item, scratch).run(grad_rpb);
+    Backward<Half>(p, columns, item, scratch).run(sums);
   else
-    float32.backward(p, columns, item, scratch, grad_rpb);
+    float32.backward(p, columns, item, scratch, sums);
 }
 
 Need forward_need(const Na2dProblem& p, int64_t columns) {

@@ -15,7 +15,7 @@ namespace na2d {
 namespace {
 
 constexpr int64_t kAlign = 16;  // columns of an item start at multiples of the widest vector
-constexpr int64_t kTableBytes = 4 << 20;  // tables of the bias gradient per call, see Tables
+constexpr int64_t kTableBytes = 4 << 20;  // tables of gradients per call, see Tables
 
 // What the machine supports, best first.
 std::vector<const Kernels*> supported() {
@@ -39,7 +39,7 @@ std::atomic<const Kernels*> chosen{supported().front()};
 const Kernels& kernels() { return *chosen; }
 
 void advise_large_pages(const Na2dProblem& p, const Na2dView& view) {
-  const int64_t sizes[5] = {p.batch, p.height, p.width, p.heads, p.dim};
+  const int64_t sizes[5] = {p.batch, p.map_height, p.map_width, p.heads, p.dim};
   int64_t last = 0;
   for (int i = 0; i < 5; ++i) last += (sizes[i] - 1) * view.stride[i];
   advise_large_pages(view.data, (last + 1) * (p.bf16 ? 2 : 4));
@@ -71,7 +71,8 @@ struct Geometry {
       const int64_t length = group_length(p.width, p.dilation, x % p.dilation);
       first[i] = int32_t(window_start(position, length, p.kernel) - position);
       last[i] = first[i] + p.kernel - 1;
-      key_low[i] = int32_t(position - last_query(position, length, p.kernel));
+      const int64_t queries = group_length(p.map_width, p.dilation, x % p.dilation);
+      key_low[i] = int32_t(position - std::min(last_query(position, length, p.kernel), queries - 1));
       key_high[i] = int32_t(position - first_query(position, p.kernel));
     }
   }
@@ -80,10 +81,10 @@ struct Geometry {
 
 // Columns per item: as many as are not too much, but at least 64, in equal strips.
 int64_t strip_width(const Na2dProblem& p, Need (*need)(const Na2dProblem&, int64_t)) {
-  int64_t strips = 1, width = p.width;
+  int64_t strips = 1, width = p.map_width;
   while (width > 4 * kAlign && need(p, width).too_much) {
     ++strips;
-    width = ((p.width + strips - 1) / strips + kAlign - 1) / kAlign * kAlign;
+    width = ((p.map_width + strips - 1) / strips + kAlign - 1) / kAlign * kAlign;
   }
   return width;
 }
@@ -95,8 +96,8 @@ struct Items {
 };
 
 Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
-  const int64_t strips = (p.width + width - 1) / width, groups = std::min<int64_t>(p.dilation, p.height);
-  const int64_t units = p.batch * p.heads * groups * strips, longest = group_length(p.height, p.dilation, 0);
+  const int64_t strips = (p.map_width + width - 1) / width, groups = std::min<int64_t>(p.dilation, p.map_height);
+  const int64_t units = p.batch * p.heads * groups * strips, longest = group_length(p.map_height, p.dilation, 0);
   // Several items per thread even out the ends; every split repeats some packing.
   const int64_t wanted = (6 * p.threads + units - 1) / units;
   const int64_t chunks = p.threads == 1 ? 1 : std::max<int64_t>(1, std::min(wanted, longest / least_rows));
@@ -105,23 +106,25 @@ Items split(const Na2dProblem& p, int64_t width, int64_t least_rows) {
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads; ++h)
       for (int64_t r = 0; r < groups; ++r) {
-        const int64_t length = group_length(p.height, p.dilation, r);
+        const int64_t length = group_length(p.map_height, p.dilation, r);
         for (int64_t c = 0; c < chunks; ++c)
-          for (int64_t x = 0; x < p.width; x += width)
+          for (int64_t x = 0; x < p.map_width; x += width)
             items.all.push_back(
-                {b, h, r, length * c / chunks, length * (c + 1) / chunks, x, std::min(p.width, x + width)});
+                {b, h, r, length * c / chunks, length * (c + 1) / chunks, x, std::min(p.map_width, x + width)});
       }
   return items;
 }
 
-// Partial tables of the bias gradient. Each is the sum over some neighboring items of one head of one image, added in order by
+// Partial tables of the gradients of the bias and of the padding. Each is the sum over some neighboring items of one head of one image, added in order by
 // one thread, and the tables are added in order as well, so that the result does not depend on how threads share the work.
 // There is one table per item, or fewer where those would take more than kTableBytes, but at least one per head of each image.
 struct Tables {
-  int64_t size, items_of_each, per_head;
+  const int64_t bias, padding, size;  // numbers of each gradient, and of both
+  int64_t items_of_each, per_head;
   std::vector<float> data;
 
-  Tables(const Na2dProblem& p, const Items& items) : size((2 * p.kernel - 1) * (2 * p.kernel - 1)) {
+  Tables(const Na2dProblem& p, const Items& items)
+      : bias((2 * p.kernel - 1) * (2 * p.kernel - 1)), padding(p.grad_padding ? 2 * p.dim : 0), size(bias + padding) {
     const int64_t most = kTableBytes / (size * int64_t(sizeof(float))), heads = p.batch * p.heads;
     const int64_t most_per_head = std::min(items.per_head, std::max<int64_t>(1, most / heads));
     items_of_each = (items.per_head + most_per_head - 1) / most_per_head;
@@ -225,12 +228,14 @@ extern "C" int na2d_backward(const Na2dProblem* p) try {
   Tables tables(*p, items);
   Job job{*p, geometry.columns(), items, size_t(kernels().backward_need(*p, width).floats), &tables};
   const int status = run(job);
-  if (p->grad_rpb) {
-    std::fill_n(p->grad_rpb, p->heads * tables.size, 0.f);
-    for (int64_t i = 0; i < job.units(); ++i) {
-      float* const head = p->grad_rpb + i / tables.per_head % p->heads * tables.size;
-      for (int64_t t = 0; t < tables.size; ++t) head[t] += tables.data[i * tables.size + t];
-    }
+  if (p->grad_rpb) std::fill_n(p->grad_rpb, p->heads * tables.bias, 0.f);
+  if (p->grad_padding) std::fill_n(p->grad_padding, p->heads * tables.padding, 0.f);
+  for (int64_t i = 0; i < job.units(); ++i) {
+    const int64_t head = i / tables.per_head % p->heads;
+    const float* const sums = tables.data.data() + i * tables.size;
+    for (int64_t t = 0; p->grad_rpb && t < tables.bias; ++t) p->grad_rpb[head * tables.bias + t] += sums[t];
+    for (int64_t t = 0; t < tables.padding; ++t)
+      p->grad_padding[(t / p->dim * p->heads + head) * p->dim + t % p->dim] += sums[tables.bias + t];
   }
   return status;
 } catch (const std::exception&) {

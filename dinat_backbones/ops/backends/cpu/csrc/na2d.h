@@ -10,7 +10,7 @@
 #endif
 
 // Changes with Na2dProblem and with the functions below; cpu/library.py expects the same number.
-#define NA2D_INTERFACE 2
+#define NA2D_INTERFACE 3
 
 extern "C" {
 
@@ -25,15 +25,19 @@ struct Na2dView {
 typedef void (*Na2dParallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 
 struct Na2dProblem {
-  int64_t batch, height, width, heads, dim;
+  // Windows lie in a map of height x width. The arrays hold its upper left map_height x map_width; keys and values outside of them
+  // are the padding, and there are no queries.
+  int64_t batch, height, width, map_height, map_width, heads, dim;
   int32_t kernel, dilation;  // kernel is odd; height, width >= kernel * dilation
   int32_t bf16;              // element type of all views: 0 float32, 1 bfloat16
   int32_t threads;
   float scale;
   const float* rpb;  // contiguous [heads, 2 * kernel - 1, 2 * kernel - 1] or null
   Na2dView query, key, value, out;
+  Na2dView key_padding, value_padding;                  // the same for all pixels: their first three strides are 0
   Na2dView grad_out, grad_query, grad_key, grad_value;  // used by the backward pass only
   float* grad_rpb;                                      // like rpb, or null
+  float* grad_padding;                                  // contiguous [key or value][heads][dim], or null
   Na2dParallel parallel;                                // null: std::thread
 };
 
@@ -61,7 +65,7 @@ struct Item {
 struct Columns {
   const int32_t* first;     // window start minus query position, -(K-1)..0
   const int32_t* last;      // first + K - 1
-  const int32_t* key_low;   // smallest and largest (key - query position) over the queries that attend to a key
+  const int32_t* key_low;   // smallest and largest (key - query position) over the queries that attend to a key of the map
   const int32_t* key_high;
 };
 
@@ -86,10 +90,17 @@ struct Need {
 };
 inline bool exceeds(int64_t floats, int64_t bytes) { return floats * int64_t(sizeof(float)) > bytes; }
 
+// Where the padding begins among columns [begin, end) of a row of keys or values.
+inline int64_t padding_begin(const Na2dProblem& p, int64_t row, int64_t begin, int64_t end) {
+  if (row >= p.map_height || p.map_width < begin) return begin;
+  return p.map_width < end ? p.map_width : end;
+}
+
 // The kernels, compiled once per instruction set from kernel.cpp; those of amx_bf16 from amx.cpp.
 struct Kernels {
   void (*forward)(const Na2dProblem&, const Columns&, const Item&, float* scratch);
-  void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* grad_rpb);  // adds to grad_rpb
+  // Adds to sums: the gradient of rpb, [2K-1, 2K-1], and behind it that of the padding, [key or value][dim], if it is wanted.
+  void (*backward)(const Na2dProblem&, const Columns&, const Item&, float* scratch, float* sums);
   Need (*forward_need)(const Na2dProblem&, int64_t columns);
   Need (*backward_need)(const Na2dProblem&, int64_t columns);
   const char* name;

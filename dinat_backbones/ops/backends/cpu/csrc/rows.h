@@ -142,23 +142,27 @@ void load_row(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, 
 }
 
 // The same in pairs: the low halves are those of the column, the high halves those of the column `step` further, zeros behind
-// the end.
-inline void load_row_pairs(const Na2dView& view, const Na2dProblem& p, int64_t b, int64_t y, int64_t h, int64_t begin, int64_t end,
-                           int64_t step, float* out, int64_t dims) {
-  const Half* pixel = static_cast<const Half*>(view.data) + b * view.stride[0] + y * view.stride[1] + h * view.stride[3] +
-                      begin * view.stride[2];
-  const int64_t dd = view.stride[4], further = step * view.stride[2];
-  for (int64_t x = begin; x < end; ++x, pixel += view.stride[2], out += dims) {
+// the end. Columns from `inside` on are those of the padding.
+inline void load_row_pairs(const Na2dView& view, const Na2dView* padding, const Na2dProblem& p, int64_t b, int64_t y, int64_t h,
+                           int64_t begin, int64_t inside, int64_t end, int64_t step, float* out, int64_t dims) {
+  const Half* const row = static_cast<const Half*>(view.data) + b * view.stride[0] + h * view.stride[3];
+  const Half* const outside = padding ? static_cast<const Half*>(padding->data) + h * padding->stride[3] : nullptr;
+  const auto pixel = [&](int64_t x) { return x < inside ? row + y * view.stride[1] + x * view.stride[2] : outside; };
+  const auto step_of_dims = [&](int64_t x) { return x < inside ? view.stride[4] : padding->stride[4]; };
+  for (int64_t x = begin; x < end; ++x, out += dims) {
     const bool last = x + step >= end;
-    prefetch_pixel(pixel + kPrefetch * view.stride[2], p.dim);
+    const Half* const near = pixel(x);
+    const Half* const far = last ? near : pixel(x + step);
+    const int64_t near_step = step_of_dims(x), far_step = last ? near_step : step_of_dims(x + step);
+    if (x < inside) prefetch_pixel(near + kPrefetch * view.stride[2], p.dim);
     int64_t d = 0;
-    if (dd == 1)
+    if (near_step == 1 && far_step == 1)
       for (; d + L <= p.dim; d += L) {
-        const UintVec low = load_widened(pixel + d), high = last ? UintVec{} : load_widened(pixel + further + d);
+        const UintVec low = load_widened(near + d), high = last ? UintVec{} : load_widened(far + d);
         store(out + d, as_float(low + (high << 16)));
       }
     for (; d < p.dim; ++d) {
-      const uint32_t bits = pixel[d * dd] | (last ? 0 : uint32_t(pixel[further + d * dd]) << 16);
+      const uint32_t bits = near[d * near_step] | (last ? 0 : uint32_t(far[d * far_step]) << 16);
       std::memcpy(out + d, &bits, 4);
     }
     for (; d < dims; ++d) out[d] = 0;

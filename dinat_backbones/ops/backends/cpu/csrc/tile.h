@@ -22,23 +22,27 @@ template <class T>
 struct PixelRows {
   const Na2dProblem& p;
   const Na2dView& view;
+  const Na2dView* const padding;  // of keys and values; null for queries, which are all in the map
   const Item& item;
   const int64_t begin, end, dims;  // columns that are there; dims: whole vectors
   float* const copies;
 
-  PixelRows(const Na2dProblem& p, const Na2dView& view, const Item& item, int64_t begin, int64_t end, int64_t slots,
-            float*& scratch)
-      : p(p), view(view), item(item), begin(begin), end(end), dims(round_up(p.dim, L)), copies(scratch) {
+  PixelRows(const Na2dProblem& p, const Na2dView& view, const Na2dView* padding, const Item& item, int64_t begin, int64_t end,
+            int64_t slots, float*& scratch)
+      : p(p), view(view), padding(padding), item(item), begin(begin), end(end), dims(round_up(p.dim, L)), copies(scratch) {
     scratch += slots * (end - begin) * dims;
   }
 
   // Copies a map row to a slot.
   void fetch(int64_t slot, int64_t map_row) const {
     float* const copy = copies + slot * (end - begin) * dims;
-    if constexpr (kPairs<T>)
-      load_row_pairs(view, p, item.batch, map_row, item.head, begin, end, p.dilation, copy, dims);
-    else
-      load_row<T>(view, p, item.batch, map_row, item.head, begin, end, copy, dims);
+    const int64_t inside = padding_begin(p, map_row, begin, end);
+    if constexpr (kPairs<T>) {
+      load_row_pairs(view, padding, p, item.batch, map_row, item.head, begin, inside, end, p.dilation, copy, dims);
+    } else {
+      if (inside > begin) load_row<T>(view, p, item.batch, map_row, item.head, begin, inside, copy, dims);
+      if (inside < end) load_row<T>(*padding, p, 0, 0, item.head, inside, end, copy + (inside - begin) * dims, dims);
+    }
   }
   const float* at(int64_t slot, int64_t column) const { return copies + (slot * (end - begin) + column - begin) * dims; }
 };
@@ -113,9 +117,11 @@ struct Tile {
     return ((r * K + window_row) * span + delta + K - 1) * ld;
   }
 
-  void pack_keys(const Na2dView& view, int64_t key_row, float* planes) const {
-    pack<T>(view, p, item.batch, map_row(key_row), item.head, key_begin, key_end, 1, planes + slot(key_row) * dims * key_ld,
-            key_ld);
+  void pack_keys(const Na2dView& view, const Na2dView& padding, int64_t key_row, float* planes) const {
+    float* const row = planes + slot(key_row) * dims * key_ld;
+    const int64_t y = map_row(key_row), inside = padding_begin(p, y, key_begin, key_end);
+    if (inside > key_begin) pack<T>(view, p, item.batch, y, item.head, key_begin, inside, 1, row, key_ld);
+    if (inside < key_end) pack<T>(padding, p, 0, 0, item.head, inside, key_end, 1, row + (inside - key_begin), key_ld);
   }
   void pack_queries(const Na2dView& view, float factor, float* planes) const {
     for (int64_t r = 0; r < rows; ++r)
@@ -128,7 +134,7 @@ struct Tile {
     const int64_t left = last_row - first_row, tiles = (left + kRows - 1) / kRows;
     row = first_row, rows = (left + tiles - 1) / tiles;  // evenly: rows of one tile share what they load
     for (int64_t k = std::max(packed, start(row)); k < stop(); ++k) {
-      pack_keys(p.key, k, keys);
+      pack_keys(p.key, p.key_padding, k, keys);
       load(k);
     }
     packed = stop();
