@@ -153,12 +153,13 @@ class NeighborhoodAttention2D(_Attention2D):
             x, attention = neighborhood_attention_2d_with_weights(
                 query, key, value, self.rpb, dropout=self.attn_drop, **settings
             )
+        elif len(qkv) == 3:
+            query, key, value = qkv
+            x = neighborhood_attention_2d(
+                query, key, value, self.rpb, padding=padding, backend=self.backend, **settings
+            )
         else:
-            settings |= dict(padding=padding, backend=self.backend)
-            if len(qkv) == 3:
-                x = neighborhood_attention_2d(qkv[0], qkv[1], qkv[2], self.rpb, **settings)
-            else:
-                x = neighborhood_attention_2d_qkvpacked(qkv[0], self.rpb, **settings)
+            x = neighborhood_attention_2d_qkvpacked(qkv[0], self.rpb, padding=padding, backend=self.backend, **settings)
         # contiguous, because F.linear would multiply each row of a cropped map by a copy of the weight
         x = self.proj_drop(linear(self.proj, crop(x, height, width).contiguous().flatten(-2)))
         return (x, crop(attention, height, width)) if return_attention else x

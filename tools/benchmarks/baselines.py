@@ -30,14 +30,16 @@ def natten_op(kernel_size: int, dilation: int) -> Callable:
     return call
 
 
-def natten_attention(qkv, rpb, *, kernel_size, dilation, scale, backend) -> torch.Tensor:
+def natten_attention(qkv, rpb, *, kernel_size, dilation, scale, padding, backend) -> torch.Tensor:
     """Stands in for `neighborhood_attention_2d_qkvpacked`, with the steps and layouts of the original module."""
     query, key, value = (t.permute(0, 3, 1, 2, 4) for t in qkv.unbind(3))
     return natten_op(kernel_size, dilation)(query * scale, key, value, rpb).permute(0, 2, 3, 1, 4)
 
 
 def on_natten():
-    return mock.patch.object(dinat_backbones.attention, "neighborhood_attention_2d_qkvpacked", natten_attention)
+    """Our models on natten's kernels; maps are padded before the projection, as in the original module."""
+    replaced = dict(neighborhood_attention_2d_qkvpacked=natten_attention, _can_pad_later=lambda layer, x: False)
+    return mock.patch.multiple(dinat_backbones.attention, **replaced)
 
 
 class Flex:
