@@ -34,6 +34,7 @@ def test_float64_is_that_of_the_reference_backend():
             backend="reference",
             qkv=[t.double() for t in case.qkv],
             rpb=None if case.rpb is None else case.rpb.double(),
+            padding=None if case.padding is None else case.padding.double(),
             grad_out=case.grad_out.double(),
         )
         assert op.compare([case])[0] <= 1
