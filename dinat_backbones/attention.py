@@ -1,7 +1,6 @@
 """The attention modules: neighborhood attention (project to qkv, attend, project), and global attention."""
 
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -9,12 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .layers import per_sample
-from .mlp import hooked, is_ordinary, linear
+from .mlp import is_ordinary, is_ordinary_in_graph, linear
 from .ops import (
     neighborhood_attention_2d,
     neighborhood_attention_2d_qkvpacked,
     neighborhood_attention_2d_with_weights,
-    symbolic,
 )
 from .ops.checks import check_window
 from .ops.padding import crop, is_padded, pad_to_reach
@@ -34,16 +32,7 @@ def _can_pad_later(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether a layer on a CPU makes its bias of the zeros around `x`, and nobody can tell that it misses them."""
     if type(layer) is not nn.Linear:
         return False
-    if torch.compiler.is_dynamo_compiling():
-        return x.device.type == "cpu" and not hooked(layer) and not _has_own_forward(layer)
-    return is_ordinary(layer, x)
-
-
-def _has_own_forward(layer: nn.Module) -> bool:
-    """Whether `forward` was replaced in the instance; torch.compile can trace it."""
-    if symbolic.DYNAMO_DECIDES:
-        return "forward" in layer.__dict__
-    return not isinstance(layer.forward, MethodType)  # before, dynamo cannot read the dictionary
+    return is_ordinary_in_graph(layer, x) if torch.compiler.is_dynamo_compiling() else is_ordinary(layer, x)
 
 
 class _Attention2D(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from .ops import autocast, transforms
+from .ops import autocast, symbolic, transforms
 
 # On a CPU without gradients, an MLP whose hidden layer takes LARGE_BYTES or more computes PIECE_BYTES of it at a time,
 # which stay in the cache: 30 % less time. Smaller ones would be slower, because each product repacks the weights.
@@ -140,6 +140,19 @@ def is_ordinary(layer: nn.Linear, x: torch.Tensor) -> bool:
     if layer.bias is not None and layer.bias.shape != layer.weight.shape[:1]:
         return False
     return (nn.Linear.forward, F.linear) == _LINEAR and plain(layer)
+
+
+def is_ordinary_in_graph(layer: nn.Linear, x: torch.Tensor) -> bool:
+    """The same while torch.compile traces: what its dynamo can tell. False where it is too old to tell."""
+    return (
+        symbolic.DYNAMO_DECIDES
+        and x.device.type == "cpu"
+        and type(x) is torch.Tensor
+        and (nn.Linear.forward, F.linear) == _LINEAR
+        and "forward" not in layer.__dict__
+        and not hooked(layer)
+        and not torch._C._len_torch_function_stack()
+    )
 
 
 def _has_products(dtypes: set[torch.dtype]) -> bool:

@@ -1,8 +1,12 @@
 """The module around the op: padding, cropping, dropout, attention maps."""
 
+import contextlib
+from types import MethodType
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -60,24 +64,42 @@ def test_nothing_has_the_size_of_the_padded_map(gradients):
     assert found == [False, True]
 
 
-def _forward_of_its_own(layer):
-    layer.forward = lambda x: F.linear(x, layer.weight, layer.bias).sigmoid()
-    return layer
+def _sigmoid_of_linear(self, x):
+    return (x @ self.weight.T + self.bias).sigmoid()
+
+
+class _SigmoidAfterLinear(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out.sigmoid() if function is F.linear and len(args[1]) == 48 else out
+
+
+def _replace(owner, function):
+    return lambda layer, patch: patch.setattr(owner or layer, "forward", function(layer), raising=False)
+
+
+CHANGES = {
+    "module": lambda layer, patch: torch.nn.Sequential(layer, torch.nn.Sigmoid()),
+    "parametrization": lambda layer, patch: torch.nn.utils.parametrizations.weight_norm(layer),
+    "function in the instance": _replace(None, lambda layer: lambda x: _sigmoid_of_linear(layer, x)),
+    "method in the instance": _replace(None, lambda layer: MethodType(_sigmoid_of_linear, layer)),
+    "method in the class": _replace(torch.nn.Linear, lambda layer: _sigmoid_of_linear),
+    "function of torch": lambda layer, patch: patch.setattr(F, "linear", lambda x, w, b=None: (x @ w.T + b).sigmoid()),
+    "mode": lambda layer, patch: None,
+}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: torch.nn.Sequential(layer, torch.nn.Sigmoid()),
-        _forward_of_its_own,
-        lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
-    ],
-)
-def test_projections_of_another_kind_see_the_padding(change, compiled):
+@pytest.mark.parametrize("kind", CHANGES)
+def test_projections_of_another_kind_see_the_padding(kind, compiled, monkeypatch):
     """What they make of zeros need not be a bias."""
     attention, x = module(kernel_size=5, dilation=2), torch.randn(2, 4, 12, 16)
-    attention.qkv = change(attention.qkv)
+    attention.qkv = CHANGES[kind](attention.qkv, monkeypatch) or attention.qkv
+    with _SigmoidAfterLinear() if kind == "mode" else contextlib.nullcontext():
+        _compare_with_padding_before(attention, x, compiled)
+
+
+def _compare_with_padding_before(attention, x, compiled):
     qkv = attention.qkv(F.pad(x, (0, 0, 0, 0, 0, 6))).unflatten(-1, (3, 2, 8))
     weights = reference.weights(qkv[..., 0, :, :], qkv[..., 1, :, :], attention.rpb, 5, 2, 8**-0.5)
     out = reference.apply_weights(weights, qkv[..., 2, :, :], 5, 2)[:, :4]

@@ -121,12 +121,14 @@ def _attend(
     backend: str | None,
     padding: torch.Tensor | None,
 ) -> torch.Tensor:
-    check_call(qkv, rpb, kernel_size, dilation, padding)
-    scale = float(qkv[0].shape[-1] ** -0.5 if scale is None else scale)
     device_type = qkv[0].device.type
-    if autocast.enabled(device_type):
+    casts = autocast.enabled(device_type)
+    if casts:
         qkv = [autocast.cast(tensor) for tensor in qkv]
         padding = None if padding is None else autocast.cast(padding)
+    check_call(qkv, rpb, kernel_size, dilation, padding)
+    scale = float(qkv[0].shape[-1] ** -0.5 if scale is None else scale)
+    if casts:
         with torch.autocast(device_type, enabled=False):
             return _run(qkv, rpb, kernel_size, dilation, scale, backend, padding)
     return _run(qkv, rpb, kernel_size, dilation, scale, backend, padding)

@@ -63,7 +63,8 @@ def check_call(
     elif height < reach or width < reach:
         raise ValueError(
             f"a {height}x{width} map is smaller than kernel_size * dilation = {kernel_size} * {dilation} = {reach}; "
-            "zero-pad the input of qkv at the bottom and right first (NeighborhoodAttention2D does)"
+            "zero-pad the input of qkv at the bottom and right first (NeighborhoodAttention2D does), or pass what qkv "
+            "makes of zeros as padding"
         )
     if rpb is not None:
         span = 2 * kernel_size - 1

@@ -170,6 +170,9 @@ def test_autocast():
         got = derivatives(packed, inputs, grad_out.bfloat16(), **settings)
     assert got[0].dtype == torch.bfloat16 and all(t.dtype == torch.float32 for t in got[1:])
     assert_near(got, derivatives(written_out, inputs, grad_out, 5, 2), 3e-2)
+    with torch.autocast("cpu", torch.bfloat16):  # qkv of a linear layer, and its bias
+        out = packed(inputs[0].bfloat16(), *inputs[1:], **settings)
+    assert torch.equal(out, got[0])
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="torch.library.opcheck came with torch 2.4")

@@ -596,7 +596,8 @@ struct Backward {
         inverse(scratch.take(L)), right(scratch.take(2 * kKeyRows * kTileFloats)),
         query_tile(scratch.take(kHalves * chunks * kTileFloats)), grad_out_tile(scratch.take(kHalves * chunks * kTileFloats)),
         query_dims(scratch.take(2 * chunks * kTileFloats)), grad_out_dims(scratch.take(2 * chunks * kTileFloats)),
-        sums(scratch.take(2 * chunks * kTileFloats)), padding_sums(scratch.take(4 * chunks * L)), tiles(scratch.next) {
+        sums(scratch.take(2 * chunks * kTileFloats)), padding_sums(scratch.take(4 * chunks * L)),
+        tiles(scratch.next) {
     std::fill_n(table, kTable, 0.f);
     std::fill_n(padding_sums, 4 * chunks * L, 0.f);
     std::fill_n(query_tile, 2 * kHalves * chunks * kTileFloats, 0.f);
@@ -658,9 +659,9 @@ struct Backward {
         for (int64_t half = 0; half < kHalves; ++half) {
           const Queries& rows = halves[half];
           const int64_t half_row = row + half * kBlockRows;
+          if (!rows.rows) continue;
           weights[half].place(block, rows);
           gradients[half].place(block, rows);
-          if (!rows.rows) continue;
           float *const left = query_tile + half * tile, *const grad_left = grad_out_tile + half * tile;
           load_queries(queries, columns, block, half_row, rows, chunks, left, &finite);
           load_queries(grad_out, columns, block, half_row, rows, chunks, grad_left, &finite);
@@ -681,7 +682,7 @@ struct Backward {
           };
           differentiate(block, rows, weights[half], gradients[half], fetch_both(queries, grad_out, kRows),
                         fetch_both(keys, values, all.stop - row));
-          if (p.grad_padding) add_padding(columns, block, rows, gradients[half], weights[half], left, grad_left);
+          if (p.grad_padding) add_padding_gradient(columns, block, rows, gradients[half], weights[half], left, grad_left);
           sum_up<kKeyRows>(gradients[half].tiles, paired_keys + layout.at(block, 0), slot(rows.base), rows.pairs(), chunks, sums);
           store_sums(sums, chunks, columns, block, half_row, rows, grad_queries, [&](int64_t q) { return owned[q]; },
                      [&](int64_t) { return p.scale; });
@@ -742,8 +743,8 @@ struct Backward {
   }
 
   // Adds up the gradients of the padding over the owned queries of a block.
-  void add_padding(const ColumnGroup& columns, const Block& block, const Queries& rows, const Weights<K>& gradients,
-                   const Weights<K>& weights, const float* query_pixels, const float* grad_out_pixels) const {
+  void add_padding_gradient(const ColumnGroup& columns, const Block& block, const Queries& rows, const Weights<K>& gradients,
+                            const Weights<K>& weights, const float* query_pixels, const float* grad_out_pixels) const {
     if (rows.stop <= keys.rows && block.key + kTile <= columns.inside) return;
     const int64_t inside = std::clamp<int64_t>(columns.inside - block.key, 0, kTile);
     const uint32_t right = 0xffffu & 0xffffu << inside;  // keys of a row that are outside of the map

@@ -9,8 +9,8 @@
 namespace na2d {
 namespace {
 
-// An item owns its queries (grad_query, grad_rpb, grad_padding) and the keys at the same places (grad_key, grad_value). It recomputes
-// the weights of every query that attends to those keys, so that no two items write to one place.
+// An item owns its queries (grad_query, grad_rpb, grad_padding) and the keys at the same places (grad_key, grad_value). It
+// recomputes the weights of every query that attends to those keys, so that no two items write to one place.
 template <class T>
 struct Backward {
   Tile<T> tile;
@@ -110,7 +110,7 @@ struct Backward {
   bool owns(int64_t position) const { return position >= item.row_begin && position < item.row_end; }
 
   // Adds up the gradients of the padding over the owned queries.
-  void add_padding() {
+  void add_padding_gradient() {
     alignas(64) static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const IntVec lanes = load(numbers);
     for (int64_t v = own_from; v < own_to; ++v) {
@@ -132,13 +132,14 @@ struct Backward {
             gradient += select(outside, load(grad_logits + at), Vec{});
           }
         }
-        add_padding_of(gradient, tile.queries + r * tile.dims * ld + v * L, padding_sums);
-        add_padding_of(weight, grad_out_planes + r * tile.dims * ld + v * L, padding_sums + padding_dims() * L);
+        add_product(gradient, tile.queries + r * tile.dims * ld + v * L, padding_sums);
+        add_product(weight, grad_out_planes + r * tile.dims * ld + v * L, padding_sums + padding_dims() * L);
       }
     }
   }
-  // target[dim] += factor * plane[dim]
-  void add_padding_of(Vec factor, const float* plane, float* target) const {
+
+  // target[dim] += factor * plane[dim], lane by lane.
+  void add_product(Vec factor, const float* plane, float* target) const {
     const auto add = [&](Vec values) {
       store(target, load(target) + select(factor == Vec{}, Vec{}, factor * values));
       target += L;
@@ -236,7 +237,7 @@ struct Backward {
       tile.template softmax<false>(logits, inverse, ld, 0, tile.vectors);
       tile.product(grad_out_planes, values, grad_logits, ld, 0, tile.vectors);
       softmax_gradient();
-      if (p.grad_padding) add_padding();
+      if (p.grad_padding) add_padding_gradient();
       if constexpr (kPairs<T>) pair_queries(logits);
       scatter(logits, grad_out, grad_values);
       if (row < item.row_end && row + tile.rows > item.row_begin) {
