@@ -1,8 +1,16 @@
-"""What Triton's interpreter needs to run the kernels in tests. Imported with TRITON_INTERPRET=1 in the environment.
+"""What Triton's interpreter needs to run the kernels. Imported with TRITON_INTERPRET=1 in the environment, or
+
+    TRITON_INTERPRET=1 python tests/triton_interpreter.py SCRIPT [ARGUMENT ...]
+
+which runs a script in it.
 
 Triton reads that switch when kernels are defined, so that tests in it run in processes of their own. Everything in here
 reaches into Triton's private parts, as of Triton 3.6.
 """
+
+import runpy
+import sys
+from pathlib import Path
 
 import triton.language as tl
 from triton.runtime import interpreter
@@ -70,3 +78,10 @@ def only_groups(patch, batch: int, dilation: int, chosen: list[tuple[int, int]])
         ]
 
     patch.setattr(interpreter, "range", programs, raising=False)
+
+
+if __name__ == "__main__":
+    del sys.argv[0]
+    sys.path[0] = str(Path(sys.argv[0]).parent.resolve())
+    add_missing_operations()
+    runpy.run_path(sys.argv[0], run_name="__main__")

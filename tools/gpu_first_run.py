@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_DEVICE = "tests/ops/triton_on_device.py"
+INTERPRETER = "tests/triton_interpreter.py"  # runs a script in Triton's interpreter, for dry runs
 TUNED = re.compile(r"^    (\(\d+, \d+, torch\.\w+\): \(Tiles.*)", re.MULTILINE)
 
 
@@ -44,8 +45,9 @@ def steps(folder: Path, dry: bool) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer")
     memory_check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"] if sanitizer and not dry else []
     dry_option = ["--dry-run"] if dry else []
-    tune = [python, "tools/triton_kernels.py", "tune", *(["--quick"] if dry else [])]
-    benchmark = [python, "tools/benchmark.py", "gpu", "--quick", "--out", str(folder / "benchmark.json"), *dry_option]
+    script = [python, INTERPRETER] if dry else [python]
+    tune = [*script, "tools/triton_kernels.py", "tune", *(["--quick"] if dry else [])]
+    benchmark = [*script, "tools/benchmark.py", "gpu", "--quick", "--out", str(folder / "benchmark.json"), *dry_option]
     found = [
         Step("information", [python, "-m", "dinat_backbones", "info"], 30),
         Step("device tests", [*pytest, *workers, *(few if dry else [])], 180),

@@ -1,11 +1,13 @@
 """tools/gpu_first_run.py: its steps name files and tests that there are; failed and stopped steps are reported."""
 
 import json
+import subprocess
 import sys
 
 import gpu_first_run
 import pytest
 
+from dinat_backbones.ops import BACKENDS
 from helpers import ROOT
 
 
@@ -39,3 +41,15 @@ def test_every_step_is_run_and_reported(tmp_path, monkeypatch, capsys):
     assert [step["state"] for step in report["steps"]] == states
     assert report["tuned"] == ["(7, 32, torch.bfloat16): (Tiles(1), ),  # card"] and report["benchmark"] == [1]
     assert "hangs: stopped after 1 s" in capsys.readouterr().out
+
+
+def test_dry_run(tmp_path):
+    """All of it, in Triton's interpreter."""
+    if BACKENDS["triton"].missing:
+        pytest.skip(BACKENDS["triton"].missing)
+    command = [sys.executable, "tools/gpu_first_run.py", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    log = (tmp_path / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [step["state"] for step in report["steps"]] == ["passed"] * 5 and report["benchmark"]["rows"]
