@@ -143,7 +143,7 @@ def is_ordinary(layer: nn.Linear, x: torch.Tensor) -> bool:
 
 
 def is_ordinary_in_graph(layer: nn.Linear, x: torch.Tensor) -> bool:
-    """The same while torch.compile traces: what its dynamo can tell. False where it is too old to tell."""
+    """`is_ordinary` while torch.compile traces, as far as its dynamo can tell; False where that is too old to."""
     return (
         symbolic.DYNAMO_DECIDES
         and x.device.type == "cpu"

@@ -50,6 +50,14 @@ class Saved(NamedTuple):
     lse: torch.Tensor | None
 
 
+class Gradients(NamedTuple):
+    """What the backward kernel fills (`qkv`) and adds to (the others: zeros in float32)."""
+
+    qkv: torch.Tensor  # [B, H, W, 3, heads, head_dim]
+    rpb: torch.Tensor | None  # [heads, 2K-1, 2K-1]
+    padding: torch.Tensor | None  # [2, heads, head_dim], of key and value; None unless the backend `pads`
+
+
 class CompiledBackend(Backend):
     """A backend with kernels of its own. Creating an instance registers its ops."""
 
@@ -82,19 +90,8 @@ class CompiledBackend(Backend):
         """The forward kernel: fills `out` and, if `keeps_lse`, `lse`. The batch is not empty."""
 
     @abstractmethod
-    def backward(
-        self,
-        call: Call,
-        grad_out: torch.Tensor,
-        saved: Saved,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
-        grad_padding: torch.Tensor | None,
-    ) -> None:
-        """The backward kernel: fills `grad_qkv` and adds to the others, zeros in float32. The batch is not empty.
-
-        `grad_padding` is ``[2, heads, head_dim]``, of key and value; None unless the backend `pads`.
-        """
+    def backward(self, call: Call, grad_out: torch.Tensor, saved: Saved, gradients: Gradients) -> None:
+        """The backward kernel: computes `gradients`. The batch is not empty."""
 
     def unsupported(
         self, qkv: Sequence[torch.Tensor], rpb: torch.Tensor | None, kernel_size: int, dilation: int, scale: float
@@ -153,14 +150,10 @@ class CompiledBackend(Backend):
 
         of_rpb, of_padding = zeros(rpb), zeros(padding)
         if grad_qkv.numel():
-            self.backward(
-                call,
-                grad_out,
-                Saved(out, lse),
-                grad_qkv,
-                None if rpb is None else of_rpb,
-                None if padding is None else of_padding[1:],
+            gradients = Gradients(
+                grad_qkv, None if rpb is None else of_rpb, None if padding is None else of_padding[1:]
             )
+            self.backward(call, grad_out, Saved(out, lse), gradients)
         return (
             grad_qkv,
             of_rpb if rpb is None else of_rpb.to(rpb.dtype),

@@ -373,7 +373,7 @@ def test_wrong_kernels_are_not_used(checked, caplog, monkeypatch, part):
 
     def wrong(*arguments):
         right(*arguments)
-        arguments[-2].mul_(1.1)  # out, or the gradient of qkv
+        (arguments[1] if part == "forward" else arguments[-1].qkv).mul_(1.1)  # out, or the gradient of qkv
 
     monkeypatch.setattr(checked, part, wrong)
     for _ in range(2):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..registration import Call, CompiledBackend, Saved
+from ..registration import Call, CompiledBackend, Gradients, Saved
 from . import triton_check
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -239,15 +239,7 @@ class TritonBackend(CompiledBackend):
         launcher = _Launcher(call)
         launcher.launch("forward", *launcher.inputs, out, lse)
 
-    def backward(
-        self,
-        call: Call,
-        grad_out: torch.Tensor,
-        saved: Saved,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
-        grad_padding: torch.Tensor | None = None,  # always None: these kernels do not pad
-    ) -> None:
+    def backward(self, call: Call, grad_out: torch.Tensor, saved: Saved, gradients: Gradients) -> None:
         """See `CompiledBackend`.
 
         The gradient of the bias is added up with atomic operations, which need no extra memory. With
@@ -257,7 +249,8 @@ class TritonBackend(CompiledBackend):
         out, lse = saved
         assert out is not None and lse is not None  # see `keeps_lse`
         launcher = _Launcher(call)
-        grad_query, grad_key, grad_value = grad_qkv.unbind(3)
+        grad_query, grad_key, grad_value = gradients.qkv.unbind(3)
+        grad_rpb = gradients.rpb
         out, grad_out, delta = out.contiguous(), grad_out.contiguous(), torch.empty_like(lse)
         atomic = not torch.are_deterministic_algorithms_enabled()
         span = 2 * call.kernel_size - 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..registration import Call, Saved
+from ..registration import Call, Gradients, Saved
 from .tiled import plain_attention
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _errors(
         out, lse = torch.empty_like(query, memory_format=torch.contiguous_format), rpb.new_empty(query.shape[:-1])
         backend.forward(call, out, lse)
         grad_qkv, grad_rpb = torch.empty_like(qkv), torch.zeros_like(rpb)
-        backend.backward(call, grad_out, Saved(out, lse), grad_qkv, grad_rpb)
+        backend.backward(call, grad_out, Saved(out, lse), Gradients(grad_qkv, grad_rpb, None))
     exact = [tensor.double().requires_grad_() for tensor in (query, key, value, rpb)]
     expected_out = plain_attention(exact[:3], exact[3], *call[4:7])
     expected = [expected_out, *torch.autograd.grad(expected_out, exact, grad_out.double())]

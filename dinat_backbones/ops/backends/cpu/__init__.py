@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...registration import Call, CompiledBackend, Saved
+from ...registration import Call, CompiledBackend, Gradients, Saved
 from . import library, openmp
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -75,24 +75,16 @@ class CPUBackend(CompiledBackend):
         library.view(out, problem.out)
         self._run("na2d_forward", problem, out)
 
-    def backward(
-        self,
-        call: Call,
-        grad_out: torch.Tensor,
-        saved: Saved,
-        grad_qkv: torch.Tensor,
-        grad_rpb: torch.Tensor | None,
-        grad_padding: torch.Tensor | None,
-    ) -> None:
+    def backward(self, call: Call, grad_out: torch.Tensor, saved: Saved, gradients: Gradients) -> None:
         """See `CompiledBackend`."""
         problem, _kept = _problem(call)
         library.view(grad_out, problem.grad_out)
         for grad, view in zip(
-            grad_qkv.unbind(3), (problem.grad_query, problem.grad_key, problem.grad_value), strict=True
+            gradients.qkv.unbind(3), (problem.grad_query, problem.grad_key, problem.grad_value), strict=True
         ):
             library.view(grad, view)
-        problem.grad_rpb = None if grad_rpb is None else grad_rpb.data_ptr()
-        problem.grad_padding = None if grad_padding is None else grad_padding.data_ptr()
+        problem.grad_rpb = None if gradients.rpb is None else gradients.rpb.data_ptr()
+        problem.grad_padding = None if gradients.padding is None else gradients.padding.data_ptr()
         self._run("na2d_backward", problem, grad_out)
 
     def _run(self, function: str, problem: library.Problem, like: torch.Tensor) -> None:
